@@ -1,0 +1,214 @@
+"""The configuration of a run: data, never code.
+
+A TOML file (or a mapping) becomes a frozen `Config`. Each design brings a model of its own options, which live in the table
+named after it (``[obfuscatune]``), so one file can hold the options of several designs and only ``design`` need change.
+The `fingerprint` covers everything the parties must agree on and nothing that is one party's own business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from veiltune.errors import ConfigError, nearest
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """Base of every table: frozen, and refusing keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class DataConfig(Section):
+    """What is trained on. ``train`` is a file, a hub data set or ``package:DISTRIBUTION/TASK``."""
+
+    train: str | None = None
+    validation: str | None = None
+    limit: int | None = Field(default=None, ge=1, description="use at most this many examples")
+    max_length: int = Field(default=512, ge=2, description="tokens an example may have")
+    too_long: Literal["error", "truncate"] = "error"
+
+
+class LoraConfig(Section):
+    """Low-rank adaptation (Hu et al. 2021): rank, alpha, dropout, and which linears."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all"] | tuple[str, ...] = Field(default="all", description="'all' or names such as q_proj")
+    init_seed: int | None = Field(
+        default=None, description="reproducible first factors, for tests and comparisons; unset: from the system's randomness"
+    )
+
+
+class TrainConfig(Section):
+    """The training loop. ``steps`` wins over ``epochs``."""
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    accumulate: int = Field(default=1, ge=1, description="micro-batches of batch_size a step")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=2e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = Field(default=0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping")
+    evaluate_every: int = Field(default=0, ge=0, description="0: at the end only")
+    checkpoint_every: int = Field(default=0, ge=0, description="0: at interruption and at the end only")
+
+
+class EnclaveConfig(Section):
+    """What the parties accept as an enclave."""
+
+    allow_simulated: bool = Field(default=False, description="accept a simulated enclave, which protects nothing")
+
+
+class SessionConfig(Section):
+    """How the parties of this machine are started and linked."""
+
+    processes: bool = Field(default=True, description="a process a party; false: threads of one process, for tests")
+    link: Literal["shared_memory", "tcp"] = "shared_memory"
+    record: tuple[str, ...] = Field(default=(), description="observers whose transcript is written to disk")
+    threads: int | None = Field(default=None, ge=1, description="compute threads a party may use; unset: all cores")
+
+
+class EvaluateConfig(Section):
+    """Accuracy on multiple-choice tasks, measured through the design's own forward pass."""
+
+    tasks: tuple[str, ...] = ()
+    limit: int | None = Field(default=None, ge=1, description="items a task")
+    before: bool = Field(default=False, description="measure before tuning too (zero-shot)")
+
+
+class Config(Section):
+    """One run. ``options`` are the chosen design's own."""
+
+    design: str
+    model: str
+    output: Path
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(
+        default="float32", description="bfloat16 on a CPU rounds between float32 operations"
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    enclave: EnclaveConfig = EnclaveConfig()
+    session: SessionConfig = SessionConfig()
+    design_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Config:
+        if self.train.steps is not None and self.train.warmup_steps > self.train.steps:
+            raise ValueError(f"train.warmup_steps {self.train.warmup_steps} exceeds train.steps {self.train.steps}")
+        return self
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON of what all parties must agree on (hex)."""
+        agreed = self.model_dump(mode="json", exclude={"output", "session", "device"})
+        text = json.dumps(agreed, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The whole configuration as JSON, as it is handed to a party's process."""
+        return self.model_dump_json()
+
+
+def load_config(
+    source: Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, type[BaseModel]],
+) -> Config:
+    """Read, override and check a configuration.
+
+    Args:
+        source: a TOML file, or a mapping of the same shape.
+        overrides: ``key=value`` strings; keys are dotted, values are TOML (bare words are taken as strings).
+        options: the model of each design's own options, by design name.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key, table or design, or a value out of range.
+    """
+    raw = _read_toml(source) if isinstance(source, Path) else json.loads(json.dumps(source, default=str))
+    for override in overrides:
+        _apply_override(raw, override)
+    design = raw.get("design")
+    if not isinstance(design, str) or design not in options:
+        raise ConfigError(f"unknown design {design!r}", hint=nearest(str(design), options))
+    tables = {**raw.pop("design_options", {}), **{name: raw.pop(name) for name in options if name in raw}}
+    known = set(Config.model_fields) | set(options)
+    for key in raw:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} in the configuration", hint=nearest(key, known))
+    raw["design_options"] = {
+        name: _validated(options[name], table, prefix=f"{name}.").model_dump(mode="json") for name, table in tables.items()
+    }
+    return _validated(Config, raw, prefix="")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {str(path)!r}", hint="write one as the quick start shows") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error}", hint="give a TOML text file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}", hint="strings need quotes; tables look like [data]") from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override!r} is not key=value", hint="for example --set train.steps=50")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, leaf = key.strip().split(".")
+    target = raw
+    for name in tables:
+        target = target.setdefault(name, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override!r}: {name!r} is a value, not a table", hint="check the dotted key")
+    target[leaf] = value
+
+
+def _validated(model: type[T], raw: Any, *, prefix: str) -> T:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise _as_config_error(model, error, prefix) from None
+
+
+def _as_config_error(model: type[BaseModel], error: ValidationError, prefix: str) -> ConfigError:
+    first = error.errors()[0]
+    where = prefix + ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        table = _model_at(model, first["loc"][:-1])
+        return ConfigError(f"unknown key {where!r} in the configuration", hint=nearest(str(first["loc"][-1]), table.model_fields))
+    if first["type"] == "missing":
+        return ConfigError(f"the configuration lacks {where!r}", hint=f"add {where} = …")
+    return ConfigError(f"{where or 'configuration'} = {first.get('input')!r}: {first['msg']}", hint="correct the value")
+
+
+def _model_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return model

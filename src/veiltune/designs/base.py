@@ -1,0 +1,107 @@
+"""What a design is: a table of who is linked to whom, who runs what, and who sees what; and its own options.
+
+``reveals`` is enforced: a channel neither sends nor accepts a kind of message that the receiving observer's table lacks. So
+whoever reads the table knows all that an observer can see, and a new message that nobody declared fails at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel
+
+from veiltune.parties.party import Party
+
+Form = Literal["public", "clear", "masked", "control"]
+"""``public``: no secret of anyone. ``clear``: readable as it is. ``masked``: under a key. ``control``: figures and requests."""
+
+
+@dataclass(frozen=True)
+class Reveal:
+    """What an observer learns from one kind of message it receives."""
+
+    what: str
+    form: Form
+
+
+@dataclass(frozen=True)
+class Design:
+    """One way of dividing a model among parties.
+
+    Attributes:
+        name: as in the configuration.
+        summary: one sentence for people.
+        options: the model of its table in the configuration.
+        roles: what each party runs.
+        links: pairs of parties that talk; the first of a pair starts.
+        data_plane: the link that carries tensors at every step, through shared memory where there is some.
+        trainer: the party that runs the training engine.
+        enclaves: roles that are enclaves.
+        reveals: by observer and message kind, what the observer learns from what it receives.
+        also_sees: by observer, what it learns that is no message (what it computes itself).
+        exactness: the claim, in one sentence.
+        is_exact: whether the claim is equality with `local` up to rounding, for given options.
+    """
+
+    name: str
+    summary: str
+    options: type[BaseModel]
+    roles: Mapping[str, Callable[[Party], None]]
+    links: tuple[tuple[str, str], ...]
+    data_plane: tuple[str, str]
+    trainer: str
+    enclaves: frozenset[str]
+    reveals: Mapping[str, Mapping[str, Reveal]]
+    also_sees: Mapping[str, tuple[str, ...]]
+    exactness: str
+    is_exact: Callable[[BaseModel], bool]
+
+    def may_receive(self, observer: str) -> frozenset[str]:
+        """Kinds of message this observer may get."""
+        return frozenset(self.reveals[observer])
+
+
+SAVE = Reveal("when a checkpoint is written", "control")
+DONE = Reveal("the end of the session", "control")
+ACK = Reveal("that a request was carried out", "control")
+
+OWNER_REVEALS: Mapping[str, Reveal] = {
+    "Evidence": Reveal("what the enclave is", "public"),
+    "ModelCard": Reveal("the architecture and the weights' fingerprint", "public"),
+    "TokenizerFiles": Reveal("the tokenizer", "public"),
+    "BatchLoss": Reveal("the loss of its own batch", "control"),
+    "StepDone": Reveal("the gradient's norm", "control"),
+    "Scores": Reveal("log-probabilities of its own continuations", "clear"),
+    "Logits": Reveal("logits of its own tokens (verification only)", "clear"),
+    "GeneratedToken": Reveal("the answer to its own prompt", "clear"),
+    "AdapterTensors": Reveal("the adapter, which it paid for", "clear"),
+    "CostReport": Reveal("times and counts", "control"),
+    "Acknowledged": ACK,
+}
+"""What the owner gets under every design whose engine is another party."""
+
+PROVIDER_REVEALS: Mapping[str, Reveal] = {
+    "Evidence": Reveal("what the enclave is", "public"),
+    "Acknowledged": ACK,
+    "Goodbye": DONE,
+}
+
+ENGINE_REVEALS: Mapping[str, Reveal] = {
+    "ModelCard": Reveal("the architecture and the weights' fingerprint", "public"),
+    "WeightShard": Reveal("the model's weights", "clear"),
+    "TrainBatch": Reveal("the owner's training text, as token ids", "clear"),
+    "EvalBatch": Reveal("the owner's held-out text, as token ids", "clear"),
+    "ScoreBatch": Reveal("the owner's questions and options, as token ids", "clear"),
+    "LogitsRequest": Reveal("the owner's tokens (verification only)", "clear"),
+    "GenerateRequest": Reveal("the owner's prompt, as token ids", "clear"),
+    "OptimizerStep": Reveal("the learning rate", "control"),
+    "GradientsRequest": Reveal("that gradients are asked for (verification only)", "control"),
+    "AdapterRequest": Reveal("that the adapter is asked for", "control"),
+    "CostRequest": Reveal("that figures are asked for", "control"),
+    "SaveState": SAVE,
+    "LoadState": SAVE,
+    "Goodbye": DONE,
+}
+"""What the party that runs the training engine gets from owner and provider."""

@@ -1,0 +1,97 @@
+"""Every error Veiltune raises on purpose, and whose fault each one is.
+
+::
+
+    VeiltuneError
+    ├── UserError            the caller's input; shown as ``error: … / hint: …``, never as a traceback
+    │   ├── ConfigError      a key, value or combination in the configuration
+    │   ├── DataError        a data file or a line of one
+    │   └── ModelError       a model source or an architecture
+    ├── ProtocolError        a peer sent what the protocol does not allow
+    │   └── FrameError       bytes that are not a well-formed frame
+    ├── PeerLostError        a peer went away, or its link closed
+    ├── ExactnessError       a measured error exceeds the bound that was derived for it
+    ├── TrainingError        training cannot go on (a non-finite loss, say)
+    └── CheckpointError      a checkpoint is missing, torn, or belongs to another run
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VeiltuneError(Exception):
+    """Base of all deliberate errors.
+
+    Args:
+        message: what is wrong, naming the culprit and its value. Never carries a secret.
+        hint: how to put it right, in one sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UserError(VeiltuneError):
+    """The caller's input is at fault."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration key or value is wrong."""
+
+
+class DataError(UserError):
+    """A data file, or one line of it, is wrong."""
+
+
+class ModelError(UserError):
+    """A model source cannot be used."""
+
+
+class ProtocolError(VeiltuneError):
+    """A peer broke the protocol."""
+
+    exit_code = 3
+
+
+class FrameError(ProtocolError):
+    """Bytes that do not form a valid frame."""
+
+
+class PeerLostError(VeiltuneError):
+    """The other end of a link is gone."""
+
+    exit_code = 4
+
+
+class ExactnessError(VeiltuneError):
+    """A design that claims exactness was measured beyond its bound."""
+
+    exit_code = 5
+
+
+class TrainingError(VeiltuneError):
+    """Training stopped because it could not go on."""
+
+    exit_code = 6
+
+
+class CheckpointError(VeiltuneError):
+    """A checkpoint cannot be used."""
+
+    exit_code = 7
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Say which of ``valid`` was probably meant: a ready-made hint."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    known = ", ".join(names)
+    return f"did you mean {close[0]!r}? (valid: {known})" if close else f"valid: {known}"

@@ -1,0 +1,174 @@
+"""LoRA factors: made, put into modules, moved between the plain and the obfuscated basis, and exported in PEFT's format.
+
+Factors travel as a flat mapping ``{"<linear>.lora_A": (rank, in), "<linear>.lora_B": (out, rank)}``, PEFT's orientation.
+
+*Reference.* Hu et al. 2021 (LoRA); the coordinates are ObfuscaTune's.
+
+*Symbols.* In row-vector convention ΔW = A·B with A = lora_Aᵀ and B = lora_Bᵀ, R the key of the side.
+
+- Input side: A* = R⁻¹·A, B* = B.
+- Output side: A* = A, B* = B·R.
+
+*Reveals.* The host sees B of the input side and A of the output side in the plain basis, never both of a pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veiltune.config import LoraConfig
+from veiltune.errors import ConfigError, nearest
+from veiltune.models.family import Family, Linear
+from veiltune.privacy.orthogonal import Key
+from veiltune.secrets import MasterSecret
+
+ADAPTER = "default"
+Keys = Mapping[str, Key]
+
+
+def adapted_linears(family: Family, num_layers: int, lora: LoraConfig) -> list[Linear]:
+    """The linears that get an adapter.
+
+    Raises:
+        ConfigError: a target names no linear of this family.
+    """
+    every = list(family.linears(num_layers))
+    if lora.targets == "all":
+        return every
+    known = {linear.path.rpartition(".")[2] for linear in every}
+    for target in lora.targets:
+        if target not in known:
+            raise ConfigError(f"lora.targets: {family.name} has no linear {target!r}", hint=nearest(target, known))
+    return [linear for linear in every if linear.path.rpartition(".")[2] in lora.targets]
+
+
+def peft_config(lora: LoraConfig, family: Family, num_layers: int, base: str | None = None) -> Any:
+    """The `peft.LoraConfig` that means the same."""
+    import peft
+
+    names = sorted({linear.path.split(f"{family.blocks}.", 1)[1].split(".", 1)[1] for linear in adapted_linears(family, num_layers, lora)})
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyrefly: ignore[bad-argument-type]
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        fan_in_fan_out=family.weights_in_out,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+
+
+def inject_adapters(model: nn.Module, lora: LoraConfig, family: Family, num_layers: int) -> None:
+    """Wrap the adapted linears of ``model`` in PEFT's LoRA layers, factors still on the meta device."""
+    import peft
+
+    peft.inject_adapter_in_model(peft_config(lora, family, num_layers), model, ADAPTER, low_cpu_mem_usage=True)  # pyrefly: ignore[bad-argument-type]
+
+
+def initial_factors(shapes: Mapping[str, tuple[int, int]], lora: LoraConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """First factors: A uniform as in PEFT (bound 1/√in), B zero.
+
+    With ``init_seed`` unset A is drawn from the system's randomness: a host that knew A would have ``rank`` known plaintext
+    rows of each input-side key.
+
+    Args:
+        shapes: (in, out) of each adapted linear, by path.
+    """
+    secret = MasterSecret.generate() if lora.init_seed is None else MasterSecret.for_tests(lora.init_seed)
+    factors: dict[str, Tensor] = {}
+    for path, (fan_in, fan_out) in shapes.items():
+        generator = torch.Generator().manual_seed(int.from_bytes(secret.subkey(f"lora:{path}")[:8], "little") >> 1)
+        bound = 1 / math.sqrt(fan_in)
+        uniform = torch.rand((lora.rank, fan_in), generator=generator, dtype=torch.float64)
+        factors[f"{path}.lora_A"] = ((2 * uniform - 1) * bound).to(dtype)
+        factors[f"{path}.lora_B"] = torch.zeros((fan_out, lora.rank), dtype=dtype)
+    return factors
+
+
+def factor_parameters(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The factors that live in ``model``'s PEFT layers, by flat name."""
+    found: dict[str, nn.Parameter] = {}
+    for path in paths:
+        layer: Any = model.get_submodule(path)
+        found[f"{path}.lora_A"] = layer.lora_A[ADAPTER].weight
+        found[f"{path}.lora_B"] = layer.lora_B[ADAPTER].weight
+    return found
+
+
+def place_factors(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
+    """Put factors into ``model``'s PEFT layers: copied in where one is there, else as new trainable parameters."""
+    for name, value in factors.items():
+        path, _, which = name.rpartition(".")
+        holder: Any = getattr(model.get_submodule(path), which)[ADAPTER]
+        if holder.weight.is_meta:
+            holder.weight = nn.Parameter(value.detach().clone())
+        else:
+            with torch.no_grad():
+                holder.weight.copy_(value)
+
+
+def _transform(tensors: Mapping[str, Tensor], linears: Sequence[Linear], keys: Keys, how: str) -> dict[str, Tensor]:
+    """Apply one of a key's linear maps to whichever factor of each pair meets the key."""
+    sides = {linear.path: linear for linear in linears}
+    out: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        path, _, which = name.rpartition(".")
+        linear = sides[path]
+        key = keys[linear.key]
+        if linear.side == "input" and which == "lora_A":
+            out[name] = getattr(key, f"{how}_input_weight")(value.T).T.contiguous()
+        elif linear.side == "output" and which == "lora_B":
+            out[name] = getattr(key, f"{how}_output_weight")(value.T).T.contiguous()
+        else:
+            out[name] = value
+    return out
+
+
+def mask_factors(factors: Mapping[str, Tensor], linears: Sequence[Linear], keys: Keys) -> dict[str, Tensor]:
+    """Plain factors to the obfuscated basis."""
+    return _transform(factors, linears, keys, "mask")
+
+
+def unmask_factors(factors: Mapping[str, Tensor], linears: Sequence[Linear], keys: Keys) -> dict[str, Tensor]:
+    """Obfuscated factors back to the plain basis."""
+    return _transform(factors, linears, keys, "unmask")
+
+
+def unmask_factor_gradients(gradients: Mapping[str, Tensor], linears: Sequence[Linear], keys: Keys) -> dict[str, Tensor]:
+    """Gradients of obfuscated factors to those of the plain ones.
+
+    A* = R⁻¹·A gives dA = R⁻ᵀ·dA*, that is d(lora_A) = d(lora_A*)·R⁻¹; B* = B·R gives dB = dB*·Rᵀ.
+    """
+    sides = {linear.path: linear for linear in linears}
+    out: dict[str, Tensor] = {}
+    for name, value in gradients.items():
+        path, _, which = name.rpartition(".")
+        linear = sides[path]
+        key = keys[linear.key]
+        if linear.side == "input" and which == "lora_A":
+            out[name] = key.unmask(value)
+        elif linear.side == "output" and which == "lora_B":
+            out[name] = key.unmask_gradient(value.T).T.contiguous()
+        else:
+            out[name] = value
+    return out
+
+
+def save_adapter(directory: Path, factors: Mapping[str, Tensor], lora: LoraConfig, family: Family, num_layers: int, base: str) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does; weights first, so a torn write shows."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{name}.weight": value.detach().cpu().contiguous() for name, value in factors.items()}
+    partial = directory / "adapter_model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(directory / "adapter_model.safetensors")
+    config = peft_config(lora, family, num_layers, base)
+    config.inference_mode = True
+    config.save_pretrained(str(directory))

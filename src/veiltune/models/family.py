@@ -1,0 +1,158 @@
+"""What a model family is to Veiltune: where its blocks are, and which linears read or write the residual stream.
+
+A pre-norm block is two *segments*, attention and MLP. In each, the *input side* linears read the normed residual state and
+the *output side* linear writes back to it::
+
+    h ──norm──► inputs ──(attention | activation)──► output ──► + ──► h
+
+Everything else (embeddings, norms, residual additions, head, the bias of the output side) stays with whoever holds the
+residual stream. A family is one module in `models.families` and one line in its table; the code that cuts, masks, counts and
+rejoins models reads nothing but the description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from veiltune.errors import ModelError, nearest
+
+Placement = Literal["paper", "compact"]
+
+
+class PretrainedConfig(Protocol):
+    """The part of a `transformers` configuration that is read here."""
+
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One half of a block.
+
+    Attributes:
+        name: ``attention`` or ``mlp``.
+        module: path of the submodule that computes the segment, inside the block; ``None`` if the block computes it inline.
+        inputs: paths of the input-side linears, inside the block. They share one key.
+        output: path of the output-side linear, inside the block.
+        dropout: path of a dropout that acts on the output, if it lies inside the segment's module.
+        exposed: other parameters inside the segment's module, which go where the module goes (QK-norm gains).
+    """
+
+    name: Literal["attention", "mlp"]
+    module: str | None
+    inputs: tuple[str, ...]
+    output: str
+    dropout: str | None = None
+    exposed: tuple[str, ...] = ()
+
+
+def _supported(_: PretrainedConfig) -> str | None:
+    return None
+
+
+def _call_mlp(block: Any, hidden: Tensor) -> Tensor:
+    return block.mlp(hidden)
+
+
+def _replace_mlp(block: Any, stub: nn.Module) -> None:
+    block.mlp = stub
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of architectures that are cut alike.
+
+    Attributes:
+        name: what users and error messages call it.
+        model_types: the ``model_type`` of every `transformers` configuration it covers.
+        blocks: dotted path of the list of blocks in the causal language model.
+        attention: the first segment of a block.
+        mlp: the second segment of a block.
+        weights_in_out: linears store their weight as (in, out), `Conv1D`'s way, not (out, in).
+        call_mlp: runs the MLP segment of a block on hidden states.
+        replace_mlp: puts a stub in the place of a block's MLP segment.
+        refuses: says why a configuration of this family is not supported, or ``None``.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    attention: Segment
+    mlp: Segment
+    weights_in_out: bool = False
+    call_mlp: Callable[[Any, Tensor], Tensor] = _call_mlp
+    replace_mlp: Callable[[Any, nn.Module], None] = _replace_mlp
+    refuses: Callable[[PretrainedConfig], str | None] = _supported
+
+    @property
+    def segments(self) -> tuple[Segment, Segment]:
+        """Both segments in the order they run."""
+        return (self.attention, self.mlp)
+
+    def linears(self, num_layers: int) -> Iterator[Linear]:
+        """Every linear of the trunk, block by block."""
+        for block in range(num_layers):
+            for segment in self.segments:
+                key = f"block{block}.{segment.name}"
+                for path in segment.inputs:
+                    yield Linear(f"{self.blocks}.{block}.{path}", "input", f"{key}.in")
+                yield Linear(f"{self.blocks}.{block}.{segment.output}", "output", f"{key}.out")
+
+    def operations(self, num_layers: int, placement: Placement) -> tuple[Operation, ...]:
+        """What the host is asked to compute, in the order of a pass: 2 a block when compact, 4 as in the paper."""
+        made: list[Operation] = []
+        for block in range(num_layers):
+            for segment in self.segments:
+                key = f"block{block}.{segment.name}"
+                if placement == "compact":
+                    made.append(Operation(len(made), block, segment, "whole", f"{key}.in", f"{key}.out"))
+                else:
+                    made.append(Operation(len(made), block, segment, "inputs", f"{key}.in", None))
+                    made.append(Operation(len(made), block, segment, "output", None, f"{key}.out"))
+        return tuple(made)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of the trunk: its full path, its side, and the label of the key that masks that side."""
+
+    path: str
+    side: Literal["input", "output"]
+    key: str
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One remote computation: a whole segment, its input linears, or its output linear; and the keys at its ends."""
+
+    index: int
+    block: int
+    segment: Segment
+    part: Literal["whole", "inputs", "output"]
+    key_in: str | None
+    key_out: str | None
+
+
+def find_family(config: PretrainedConfig) -> Family:
+    """The family of a `transformers` configuration.
+
+    Raises:
+        ModelError: no family covers it, or the family refuses a feature of it.
+    """
+    from veiltune.models.families import FAMILIES
+
+    for family in FAMILIES:
+        if config.model_type in family.model_types:
+            reason = family.refuses(config)
+            if reason is not None:
+                raise ModelError(f"this {config.model_type} model cannot be protected: {reason}", hint="choose another checkpoint")
+            return family
+    known = [name for family in FAMILIES for name in family.model_types]
+    raise ModelError(f"unsupported architecture {config.model_type!r}", hint=nearest(config.model_type, known))

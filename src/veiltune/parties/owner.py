@@ -1,0 +1,227 @@
+"""The data owner: holds the text, runs the loop, and gets what comes of it.
+
+Text is tokenised here and goes to the training engine as token ids; nobody else sees it unless the design says so.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veiltune.data import load_examples
+from veiltune.errors import CheckpointError, DataError, PeerLostError
+from veiltune.examples import TokenizedExample, tokenize
+from veiltune.models.adapters import save_adapter
+from veiltune.models.family import Family, find_family
+from veiltune.models.skeleton import config_from_json
+from veiltune.parties.party import Party
+from veiltune.training import COMMIT, Trainer
+from veiltune.transport.messages import Goodbye, Interrupt, ModelCard, TokenizerFiles
+from veiltune.tuner import RemoteTuner, Tuner
+
+
+class Owner:
+    """The owner during one session: tokenizer, tuner, and the job at hand."""
+
+    def __init__(self, party: Party, tuner: Tuner, tokenizer: Any, config: Any) -> None:
+        self.party = party
+        self.tuner = tuner
+        self.tokenizer = tokenizer
+        self.model_config = config
+        self.family: Family = find_family(config)
+        self._interrupted = False
+
+    @property
+    def pad_id(self) -> int:
+        """Token for padding."""
+        return int(self.tokenizer.pad_token_id)
+
+    def interrupted(self) -> bool:
+        """Whether the supervisor asked to save and stop."""
+        while not self._interrupted and self.party.control.poll():
+            self._interrupted = isinstance(self.party.control.recv(), Interrupt)
+        return self._interrupted
+
+    def tokenized(self, source: str, *, split: str) -> list[TokenizedExample]:
+        """Read, tokenise and check a data source."""
+        data = self.party.config.data
+        examples = load_examples(source, split=split, limit=data.limit, seed=self.party.config.seed)
+        longest = getattr(self.model_config, "max_position_embeddings", data.max_length)
+        if data.max_length > longest:
+            raise DataError(
+                f"data.max_length {data.max_length} exceeds the {longest} positions of this model",
+                hint=f"set data.max_length to at most {longest}",
+            )
+        return [tokenize(example, self.tokenizer, data.max_length, too_long=data.too_long) for example in examples]
+
+    # --- the jobs -------------------------------------------------------------------------------------------------------
+
+    def tune(self) -> None:
+        """Train, checkpoint, export the adapter, measure."""
+        party = self.party
+        config = party.config
+        if config.data.train is None:
+            raise DataError("there is nothing to train on: data.train is not set", hint='add [data] train = "FILE"')
+        examples = self.tokenized(config.data.train, split="train")
+        held_out = [] if config.data.validation is None else self.tokenized(config.data.validation, split="validation")
+        if party.job.resume_step is None and config.evaluate.before:
+            self._measure("before")
+        trainer = Trainer(
+            self.tuner,
+            config,
+            examples,
+            held_out,
+            pad_id=self.pad_id,
+            report=party.report,
+            interrupted=self.interrupted,
+        )
+        if party.job.resume_step is not None:
+            trainer.resume(_read_commit(Path(config.output)))
+        party.report("training", {"examples": len(examples), "total_steps": trainer.total})
+        history = trainer.run()
+        party.figures["history"] = asdict(history)
+        if not history.interrupted:
+            self._export()
+            self._measure("after")
+
+    def evaluate(self) -> None:
+        """Measure the model as it is, or as a checkpoint left it."""
+        if self.party.job.resume_step is not None:
+            self.tuner.load(self.party.job.resume_step)
+        self._measure("after")
+
+    def generate(self) -> None:
+        """Stream an answer to the prompt; its text goes to the supervisor, which is the owner's own."""
+        job = self.party.job
+        if job.resume_step is not None:
+            self.tuner.load(job.resume_step)
+        text = self._chat_prompt(job.prompt or "")
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+        settings = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.pad_id, **job.settings}
+        tokens: list[int] = []
+        shown = ""
+        for token in self.tuner.generate(ids, settings):
+            tokens.append(token)
+            decoded = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            if not decoded.endswith("\ufffd"):  # a character that is not whole yet
+                self.party.report("text", {"text": decoded[len(shown) :]})
+                shown = decoded
+        self.party.figures["generated"] = {"prompt": job.prompt, "text": self.tokenizer.decode(tokens, skip_special_tokens=True), "tokens": tokens}
+
+    def _chat_prompt(self, prompt: str) -> str:
+        if not self.tokenizer.chat_template:
+            return prompt
+        messages = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def probe(self) -> None:
+        """Logits, loss, gradients and the adapter after a few steps, on the job's token ids, written for comparison."""
+        from safetensors.torch import save_file
+
+        probe = self.party.job.probe
+        ids = torch.tensor(probe["input_ids"], dtype=torch.int64)
+        mask = torch.ones_like(ids)
+        found: dict[str, Tensor] = {"logits": self.tuner.logits(ids, mask)}
+        targets = ids.shape[0] * (ids.shape[1] - 1)
+        losses: list[float] = []
+        for step in range(int(probe["steps"])):
+            losses.append(self.tuner.accumulate(ids, mask, ids, targets) / targets)
+            if step == int(probe["steps"]) - 1:
+                found.update({f"gradient:{name}": value for name, value in self.tuner.gradients().items()})
+            self.tuner.step(self.party.config.train.learning_rate)
+        found["logits_tuned"] = self.tuner.logits(ids, mask)
+        found.update({f"adapter:{name}": value for name, value in self.tuner.adapter().items()})
+        found["losses"] = torch.tensor(losses, dtype=torch.float64)
+        if probe.get("generate"):
+            settings = {"do_sample": False, "max_new_tokens": int(probe["generate"]), "min_new_tokens": int(probe["generate"])}
+            found["tokens"] = torch.tensor(list(self.tuner.generate(ids[:1], settings)))
+        save_file({name: value.detach().contiguous().clone() for name, value in found.items()}, self.party.directory / "probe.safetensors")
+
+    def provision(self) -> None:
+        """The model has reached its places; ask for the figures and end."""
+
+    # --- parts of jobs --------------------------------------------------------------------------------------------------
+
+    def _export(self) -> None:
+        config = self.party.config
+        directory = Path(config.output) / "adapter"
+        save_adapter(directory, self.tuner.adapter(), config.lora, self.family, self.model_config.num_hidden_layers, config.model)
+        self.party.report("exported", {"directory": "adapter"})
+
+    def _measure(self, when: str) -> None:
+        evaluate = self.party.config.evaluate
+        if not evaluate.tasks:
+            return
+        from veiltune.tasks import evaluate as evaluate_tasks
+
+        self.party.report("measuring", {"when": when, "tasks": list(evaluate.tasks)})
+        measured = evaluate_tasks(
+            evaluate.tasks,
+            lambda pairs: self.tuner.score(pairs, pad_id=self.pad_id),
+            self.tokenizer,
+            limit=evaluate.limit,
+        )
+        utility = {task: asdict(value) for task, value in measured.items()}
+        self.party.figures.setdefault("utility", {})[when] = utility
+        self.party.report("utility", {"when": when, "utility": utility})
+
+
+JOBS: dict[str, Callable[[Owner], None]] = {
+    "tune": Owner.tune,
+    "evaluate": Owner.evaluate,
+    "generate": Owner.generate,
+    "probe": Owner.probe,
+    "provision": Owner.provision,
+}
+
+
+def own(party: Party, trainer: str, *, attested: bool) -> None:
+    """Run the owner of a design whose training engine is another party.
+
+    Raises:
+        DataError: the data cannot be used. Others come from what the job does.
+    """
+    if attested:
+        party.require_enclave(trainer)
+    card = party.links["provider"].recv_as(ModelCard)
+    files = party.links["provider"].recv_as(TokenizerFiles).files
+    party.figures["model"] = {"fingerprint": card.fingerprint, "num_parameters": card.num_parameters}
+    config = config_from_json(card.config)
+    tuner = RemoteTuner(party.links[trainer])
+    owner = Owner(party, tuner, _load_tokenizer(files), config)
+    JOBS[party.job.verb](owner)
+    party.figures["engine"] = tuner.figures()
+    for link in party.links.values():
+        try:
+            link.send(Goodbye())
+        except PeerLostError:
+            party.report("peer_gone", {"peer": link.peer})
+
+
+def _load_tokenizer(files: dict[str, Tensor]) -> Any:
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        for name, content in files.items():
+            (Path(directory) / Path(name).name).write_bytes(content.numpy().tobytes())
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _read_commit(output: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        return json.loads((output / COMMIT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no checkpoint to resume in {str(output)!r}: {error}", hint="start anew without --resume") from None
+
+

@@ -1,0 +1,108 @@
+"""What a party has when it starts: its role, the agreed configuration, its links, its own directory; and common courtesies."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from veiltune.config import Config, Section
+from veiltune.tee.enclave import SimulatedEnclave, check_evidence
+from veiltune.transport.channel import Channel
+from veiltune.transport.messages import Evidence, EvidenceRequest, Progress
+from veiltune.transport.transcript import Meter
+
+NONCE_BYTES = 32
+Verb = Literal["tune", "generate", "evaluate", "probe", "provision"]
+
+log = logging.getLogger(__name__)
+
+
+class Job(Section):
+    """What a session is for. Data, like the configuration.
+
+    Attributes:
+        verb: tune; generate; evaluate; ``probe`` (one forward, backward and a few steps, for verification); ``provision`` (the
+            model reaches its places and nothing more).
+        resume_step: the committed checkpoint to go back to first.
+        prompt: what to generate from.
+        settings: `transformers`' generation arguments.
+        probe: token ids and steps of a probe.
+    """
+
+    verb: Verb
+    resume_step: int | None = None
+    prompt: str | None = None
+    settings: dict[str, Any] = {}
+    probe: dict[str, Any] = {}
+
+
+@dataclass
+class Party:
+    """One party of a running session.
+
+    Attributes:
+        role: owner, provider, enclave or host.
+        config: what all parties agreed on.
+        options: the design's own options.
+        job: what the session is for.
+        links: channels to the other parties, by role.
+        control: channel to the session's supervisor.
+        meter: counts every message of ``links``.
+        directory: this party's own state.
+    """
+
+    role: str
+    config: Config
+    options: BaseModel
+    job: Job
+    links: Mapping[str, Channel]
+    control: Channel
+    meter: Meter
+    directory: Path
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def report(self, event: str, fields: dict[str, Any] | None = None) -> None:
+        """Tell the supervisor of progress."""
+        self.control.send(Progress(event, {"role": self.role, **(fields or {})}))
+
+    def require_enclave(self, role: str = "enclave") -> None:
+        """Have the enclave prove what it is, before anything secret goes to it.
+
+        Raises:
+            UserError: the evidence is simulated and that was not allowed.
+            ProtocolError: the evidence does not verify.
+        """
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        self.links[role].send(EvidenceRequest(nonce))
+        evidence = self.links[role].recv_as(Evidence).evidence
+        label = check_evidence(
+            evidence,
+            nonce=nonce,
+            fingerprint=self.config.fingerprint(),
+            allow_simulated=self.config.enclave.allow_simulated,
+        )
+        self.figures["enclave"] = label
+        self.report("attested", {"enclave": label})
+
+    def prove_enclave(self, enclave: SimulatedEnclave, peers: tuple[str, ...]) -> None:
+        """The enclave's side of `require_enclave`, once for each peer."""
+        for peer in peers:
+            request = self.links[peer].recv_as(EvidenceRequest)
+            self.links[peer].send(Evidence(enclave.evidence(request.nonce)))
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,100 @@
+"""The model provider: streams its weights, block by block, to whoever may hold them; never the whole model at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from veiltune.errors import ModelError
+from veiltune.models.checkpoint import Checkpoint
+from veiltune.models.family import Family, find_family
+from veiltune.models.skeleton import DTYPES, empty_model
+from veiltune.models.sources import check_memory, resolve_model
+from veiltune.parties.party import Party
+from veiltune.transport.messages import Acknowledged, Goodbye, ModelCard, TokenizerFiles, WeightShard
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja")
+_IGNORED = re.compile(r"\.(attn|self_attn)\.(bias|masked_bias|rotary_emb\.inv_freq)$|rotary_emb\.inv_freq$")
+"""Buffers that older checkpoints store and models make for themselves."""
+
+
+def canonical_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Stored name of each parameter of the causal language model, by the model's own name.
+
+    Hub checkpoints of some families (GPT-2, OPT) leave out the base model's prefix.
+
+    Raises:
+        ModelError: a stored tensor has no place in the architecture.
+    """
+    model: Any = empty_model(checkpoint.config)
+    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names: dict[str, str] = {}
+    for stored in checkpoint.tensor_names():
+        for candidate in (stored, f"{model.base_model_prefix}.{stored}"):
+            if candidate in expected:
+                names[candidate] = stored
+                break
+        else:
+            if not _IGNORED.search(stored):
+                raise ModelError(f"unexpected tensor {stored!r} in {checkpoint.source!r}", hint="its config.json names another architecture")
+    return names
+
+
+def shards(names: Mapping[str, str], family: Family, num_layers: int) -> Iterator[list[str]]:
+    """Parameter names in the order they are sent: what stands outside the blocks, then block by block."""
+    groups: list[list[str]] = [[] for _ in range(num_layers + 1)]
+    pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.")
+    for name in names:
+        found = pattern.match(name)
+        groups[0 if found is None else int(found.group(1)) + 1].append(name)
+    yield from groups
+
+
+def provide(party: Party, trainer: str, *, attested: bool) -> None:
+    """Run the provider: check the enclave, hand the tokenizer to the owner, stream the weights to ``trainer``.
+
+    Raises:
+        ModelError: the source cannot be used, holds values that are not finite, or does not fit this machine's memory.
+    """
+    config = party.config
+    checkpoint = resolve_model(config.model, dtype=DTYPES[config.dtype] if party.job.verb == "provision" else None)
+    family = find_family(checkpoint.config)
+    if party.job.verb != "provision":
+        check_memory(
+            checkpoint.config, torch.float32, batch=config.train.batch_size, length=config.data.max_length, lora_rank=config.lora.rank
+        )
+    if attested:
+        party.require_enclave(trainer)
+    card = ModelCard(_public_config(checkpoint), checkpoint.fingerprint, checkpoint.num_parameters)
+    files = {
+        name: torch.frombuffer(bytearray((checkpoint.directory / name).read_bytes()), dtype=torch.uint8)
+        for name in TOKENIZER_FILES
+        if (checkpoint.directory / name).is_file()
+    }
+    party.links["owner"].send(card)
+    party.links["owner"].send(TokenizerFiles(files))
+    party.links[trainer].send(card)
+    _stream(party, checkpoint, family, trainer)
+    party.links["owner"].recv_as(Goodbye)
+
+
+def _public_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    return json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+
+
+def _stream(party: Party, checkpoint: Checkpoint, family: Family, trainer: str) -> None:
+    names = canonical_names(checkpoint)
+    num_layers = checkpoint.config.num_hidden_layers
+    for index, group in enumerate(shards(names, family, num_layers)):
+        stored = {names[name]: name for name in group}
+        tensors = {stored[name]: value for name, value in checkpoint.tensors(stored)}
+        for name, value in tensors.items():
+            if not torch.isfinite(value).all():
+                raise ModelError(f"tensor {name!r} of {party.config.model!r} is not finite", hint="the checkpoint is damaged")
+        party.links[trainer].send(WeightShard(tensors, last=index == num_layers))
+        party.links[trainer].recv_as(Acknowledged)
+        party.report("provisioned", {"block": index, "num_blocks": num_layers})

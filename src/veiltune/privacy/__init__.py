@@ -1,0 +1,1 @@
+"""Mechanisms that change what an observer learns: masking matrices and their error bounds."""

@@ -1,0 +1,350 @@
+"""Masking keys: secret square matrices that hide activations and weights from whoever multiplies them.
+
+Row vectors throughout. A key R hides states as X* = X·R and weights that read them as W* = R⁻¹·W, so that
+X*·W* = X·W; weights that write hide their output as W* = W·R, and O = O*·R⁻¹. Gradients follow the transposed inverse:
+dX* = dX·R⁻ᵀ.
+
+*Reference*: ObfuscaTune (arXiv 2407.02960), which argues for a low condition number; Haar orthogonal matrices by QR
+after Mezzadri, "How to generate random matrices from the classical compact groups", Notices of the AMS 54 (2007), §5.
+
+*Reveals*, to whoever sees masked rows, under an orthogonal key: every norm and inner product of the rows (their Gram
+matrix), hence which rows are equal. Keys are static: d independent known pairs (x, x·R) recover any dense key
+exactly, and fewer a butterfly key. Gaussian and conditioned keys hide the Gram matrix and pay for it in accuracy.
+
+*Bound*: :func:`product_bound` and :func:`error_bound`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar, Final, TypeAlias, final
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from veiltune.errors import ConfigError, nearest
+from veiltune.secrets import MasterSecret, Secret
+
+_CHUNK_ELEMENTS: Final = 1 << 21  # weights are masked in float64 in slices of 16 MiB
+_Stages: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Key(Secret, ABC):
+    """A masking matrix R and its inverse, drawn in float64 at first use, applied in its argument's dtype and device.
+
+    Everything is one operation: rows times R, R⁻¹, Rᵀ or R⁻ᵀ (:meth:`_times`); masking a weight from the left is the
+    transposed case, since R⁻¹·W = (Wᵀ·R⁻ᵀ)ᵀ. Rows whose last dimension is not ``dim`` raise ValueError.
+    See :func:`make_key` for the arguments.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, dim: int, secret: MasterSecret, label: str, condition_number: float | None = None) -> None:
+        if condition_number is not None:
+            hint = "leave it out, or use the kind 'conditioned'"
+            raise ConfigError(f"a {self.kind} key takes no condition number, got {condition_number}", hint=hint)
+        self.dim: Final = dim
+        self._secret: Final = secret
+        self._label: Final = label
+        self._condition_number = 1.0
+        self._parts: tuple[Tensor, ...] | None = None
+        self._casts: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+    @property
+    def condition_number(self) -> float:
+        """The largest singular value over the smallest: by construction, or measured where a kind does not fix it."""
+        return self._condition_number
+
+    @property
+    def known_pairs(self) -> int:
+        """The fewest known pairs (x, x·R) that can settle the key: d, for a linear system, unless a kind says less."""
+        return self.dim
+
+    @abstractmethod
+    def _draw(self) -> tuple[Tensor, ...]:
+        """The matrices (float64) and orders that make up the key, from its secret and label."""
+
+    @abstractmethod
+    def _times(self, rows: Float[Tensor, "*batch d"], *, inverse: bool, transpose: bool) -> Float[Tensor, "*batch d"]:
+        """Rows times R, inverted and transposed as asked, in their dtype and device; differentiable in ``rows``."""
+
+    def mask(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """x·R."""
+        return self._times(self._checked(x), inverse=False, transpose=False)
+
+    def unmask(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """x·R⁻¹."""
+        return self._times(self._checked(x), inverse=True, transpose=False)
+
+    def mask_gradient(self, gradient: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """g·R⁻ᵀ: the gradient with respect to x·R from the one with respect to x."""
+        return self._times(self._checked(gradient), inverse=True, transpose=True)
+
+    def unmask_gradient(self, gradient: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """g·Rᵀ: the gradient with respect to x from the one with respect to x·R."""
+        return self._times(self._checked(gradient), inverse=False, transpose=True)
+
+    def mask_input_weight(self, weight: Float[Tensor, "d out"]) -> Float[Tensor, "d out"]:
+        """R⁻¹·W for a weight that reads masked states; computed in float64, returned in the weight's dtype."""
+        return self._in_float64(weight.T, inverse=True, transpose=True).T
+
+    def unmask_input_weight(self, weight: Float[Tensor, "d out"]) -> Float[Tensor, "d out"]:
+        """R·W, which undoes :meth:`mask_input_weight`."""
+        return self._in_float64(weight.T, inverse=False, transpose=True).T
+
+    def mask_output_weight(self, weight: Float[Tensor, "in d"]) -> Float[Tensor, "in d"]:
+        """W·R for a weight that writes masked states; computed in float64, returned in the weight's dtype."""
+        return self._in_float64(weight, inverse=False, transpose=False)
+
+    def unmask_output_weight(self, weight: Float[Tensor, "in d"]) -> Float[Tensor, "in d"]:
+        """W·R⁻¹, which undoes :meth:`mask_output_weight`."""
+        return self._in_float64(weight, inverse=True, transpose=False)
+
+    def matrix(self) -> Float64[Tensor, "d d"]:
+        """R written out, float64 on the CPU: the slow, obvious twin of every method, for tests and attack controls."""
+        return self.mask(torch.eye(self.dim, dtype=torch.float64))
+
+    def release(self) -> None:
+        """Free the float64 originals (they are derived again when next needed); compute-dtype copies stay."""
+        self._parts = None
+
+    def _in_float64(self, rows: Float[Tensor, "n d"], *, inverse: bool, transpose: bool) -> Float[Tensor, "n d"]:
+        self._checked(rows)
+        result = torch.empty_like(rows, requires_grad=False)
+        step = max(1, _CHUNK_ELEMENTS // self.dim)
+        with torch.no_grad():
+            for part, target in zip(rows.split(step), result.split(step), strict=True):
+                target.copy_(self._times(part.to(torch.float64), inverse=inverse, transpose=transpose))
+        return result
+
+    def _checked(self, rows: Tensor) -> Tensor:
+        if rows.shape[-1] != self.dim:
+            raise ValueError(f"{self!r} takes rows of {self.dim} numbers, got the shape {tuple(rows.shape)}")
+        return rows
+
+    def _exact(self) -> tuple[Tensor, ...]:
+        if self._parts is None:
+            with torch.inference_mode(mode=False), torch.no_grad():  # a later call may need them for a backward pass
+                self._parts = self._draw()
+        return self._parts
+
+    def _cast(self, like: Tensor) -> tuple[Tensor, ...]:
+        """The key in the dtype and device of ``like``, kept for the next call unless that is float64."""
+        if like.dtype == torch.float64:
+            return tuple(part.to(like.device) for part in self._exact())
+        place = (like.dtype, like.device)
+        if place not in self._casts:
+            with torch.inference_mode(mode=False):
+                here = [part.to(like.device) for part in self._exact()]
+                self._casts[place] = tuple(part.to(like.dtype) if part.is_floating_point() else part for part in here)
+        return self._casts[place]
+
+    def _describe(self) -> str:
+        return f"Key {self.kind} dim={self.dim}"
+
+
+class DenseKey(Key):
+    """A key kept as full matrices, R and R⁻¹, or R alone where R⁻¹ = Rᵀ: a row costs d² multiplications."""
+
+    def _times(self, rows: Float[Tensor, "*batch d"], *, inverse: bool, transpose: bool) -> Float[Tensor, "*batch d"]:
+        matrices = self._cast(rows)
+        if len(matrices) == 1:
+            inverse, transpose = False, inverse != transpose
+        matrix = matrices[1 if inverse else 0]
+        return rows @ (matrix.T if transpose else matrix)
+
+
+@final
+class OrthogonalKey(DenseKey):
+    """Haar-distributed on the orthogonal group: a masked row is uniform on its sphere, and κ = 1."""
+
+    kind = "orthogonal"
+
+    def _draw(self) -> tuple[Tensor, ...]:
+        return (_haar(self._secret, self._label, 1, self.dim)[0],)
+
+
+@final
+class GaussianKey(DenseKey):
+    """Independent N(0, 1/d) entries, the naive baseline: κ is a multiple of d, and accuracy suffers in proportion."""
+
+    kind = "gaussian"
+
+    def _draw(self) -> tuple[Tensor, ...]:
+        matrix = self._secret.normal(f"{self._label}/gaussian", (self.dim, self.dim)) / math.sqrt(self.dim)
+        return matrix, torch.linalg.inv(matrix)
+
+    @cached_property
+    def condition_number(self) -> float:
+        """Measured by singular values, once."""
+        return float(torch.linalg.cond(self._exact()[0]))
+
+
+@final
+class ConditionedKey(DenseKey):
+    """R = Q_A·S·Q_Bᵀ with Haar Q and a prescribed κ, to show how the error grows with κ.
+
+    The singular values in S are evenly spaced in logarithm from √κ to 1/√κ, so that their geometric mean is 1.
+    """
+
+    kind = "conditioned"
+
+    def __init__(self, dim: int, secret: MasterSecret, label: str, condition_number: float | None = None) -> None:
+        super().__init__(dim, secret, label)
+        if condition_number is None or not 1.0 <= condition_number < math.inf or (dim == 1 and condition_number > 1.0):
+            hint = "give a finite number of at least 1 (and exactly 1 when the dimension is 1)"
+            raise ConfigError(f"a conditioned key of dimension {dim} cannot have κ = {condition_number}", hint=hint)
+        self._condition_number = float(condition_number)
+
+    def _draw(self) -> tuple[Tensor, ...]:
+        left, right = (_haar(self._secret, f"{self._label}/{side}", 1, self.dim)[0] for side in ("left", "right"))
+        scale = torch.linspace(0.5, -0.5, self.dim, dtype=torch.float64).mul_(math.log(self._condition_number)).exp_()
+        return (left * scale) @ right.T, (right / scale) @ left.T
+
+
+@final
+class ButterflyKey(Key):
+    """An exactly orthogonal key (κ = 1) that costs d·(a + b) multiplications a row instead of d², where d = a·b.
+
+    R = P · diag(B_1 … B_a) · T · diag(A_1 … A_b) · Q: a secret permutation P deals the coordinates into a groups of b;
+    a Haar block of size b turns each group; T (reshape to a by b, transpose) regroups, so that each new group takes one
+    coordinate of each old one; a Haar block of size a turns each of those; a secret permutation Q scatters the result.
+    Every output depends on every input, and E[R_ij²] = 1/d as under Haar measure. A secret permutation in the middle
+    would add nothing: those that keep the regrouping are absorbed by the Haar blocks, and others leave each output
+    ignorant of about a third of the inputs.
+
+    *Reveals*: what an orthogonal key does, and it is weaker: besides two permutations it has d·(a + b - 2)/2 degrees of
+    freedom, not d·(d - 1)/2. As n known pairs give n·d - n·(n + 1)/2 independent equations (their Gram matrix is known
+    beforehand), about (a + b)/2 pairs settle it: 24 at d = 576, where a dense key takes 576. That is what counting
+    permits; the equations are bilinear, so solving them takes more work. Prefer ``orthogonal`` unless time presses.
+
+    Raises:
+        ConfigError: the dimension is prime, or below 4.
+    """
+
+    kind = "butterfly"
+
+    def __init__(self, dim: int, secret: MasterSecret, label: str, condition_number: float | None = None) -> None:
+        super().__init__(dim, secret, label, condition_number)
+        a = max((n for n in range(2, math.isqrt(dim) + 1) if dim % n == 0), default=0)
+        if not a:
+            hint = "use the key kind 'orthogonal', which takes any dimension"
+            raise ConfigError(f"a butterfly key needs a dimension with two factors of at least 2, got {dim}", hint=hint)
+        self.factors: Final = (a, dim // a)
+
+    def _draw(self) -> tuple[Tensor, ...]:
+        a, b = self.factors
+        first, last = (self._secret.permutation(f"{self._label}/{side}", self.dim) for side in ("first", "last"))
+        inner = _haar(self._secret, f"{self._label}/inner", a, b)
+        outer = _haar(self._secret, f"{self._label}/outer", b, a)
+        return first, inner, outer, last, first.argsort(), last.argsort()
+
+    @property
+    def known_pairs(self) -> int:
+        """The least n with n·d - n·(n + 1)/2 ≥ d·(a + b - 2)/2."""
+        unknown = self.dim * (sum(self.factors) - 2)
+        return next(n for n in range(1, self.dim + 1) if n * (2 * self.dim - n - 1) >= unknown)
+
+    def _times(self, rows: Float[Tensor, "*batch d"], *, inverse: bool, transpose: bool) -> Float[Tensor, "*batch d"]:
+        first, inner, outer, last, undo_first, undo_last = self._cast(rows)
+        stages = (first, inner, outer, last)
+        transposed = (undo_last, outer.mT, inner.mT, undo_first)
+        if inverse != transpose:
+            stages, transposed = transposed, stages
+        return _Butterfly.apply(rows.reshape(-1, self.dim), stages, transposed).view(rows.shape)
+
+
+class _Butterfly(torch.autograd.Function):
+    """Rows times a butterfly; its backward is the transposed butterfly (autograd's own gathers would be far slower)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, stages: _Stages, transposed: _Stages) -> Tensor:  # pyrefly: ignore[bad-override]
+        ctx.stages = transposed, stages
+        gather, inner, outer, scatter = stages
+        n, a, b = len(rows), len(inner), len(outer)
+        # The layouts are chosen so that each product takes its input where it lies: only the last one is copied.
+        groups = rows.index_select(1, gather).view(n, a, b).permute(1, 2, 0)
+        turned = torch.bmm(inner.mT, groups)  # (a, b, n)
+        mixed = torch.bmm(turned.permute(1, 2, 0), outer)  # (b, n, a)
+        return mixed.transpose(0, 1).reshape(n, a * b).index_select(1, scatter)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _Butterfly.apply(gradients[0], *ctx.stages), None, None
+
+
+def _haar(secret: MasterSecret, label: str, count: int, dim: int) -> Float64[Tensor, "count d d"]:
+    """Independent Haar orthogonal matrices: QR of Gaussian ones, with the signs that make R's diagonal positive.
+
+    Without the signs the distribution depends on the QR routine and is not Haar (Mezzadri 2007, §5).
+    """
+    factors, tau = torch.geqrf(secret.normal(f"{label}/haar", (count, dim, dim)))
+    signs = torch.where(factors.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(torch.float64)
+    return torch.linalg.householder_product(factors, tau) * signs.unsqueeze(-2)
+
+
+KEY_KINDS: Final[dict[str, type[Key]]] = {
+    cls.kind: cls for cls in (OrthogonalKey, GaussianKey, ConditionedKey, ButterflyKey)
+}
+"""Every kind of key by its configuration name; a new kind is one class and one entry."""
+
+
+def make_key(kind: str, dim: int, secret: MasterSecret, label: str, condition_number: float | None = None) -> Key:
+    """The key of ``kind`` that ``secret`` has for ``label``: the same arguments give the same key.
+
+    Args:
+        kind: a name of :data:`KEY_KINDS`.
+        dim: d, the length of the rows to be masked.
+        secret: the session's master secret.
+        label: what the key is for, unique within the session.
+        condition_number: κ ≥ 1 for the kind ``conditioned``, and for it alone.
+
+    Raises:
+        ConfigError: an unknown kind, an impossible dimension, or a κ that is missing, impossible or not wanted.
+    """
+    if kind not in KEY_KINDS:
+        raise ConfigError(f"unknown key kind {kind!r}", hint=nearest(kind, KEY_KINDS))
+    if dim < 1:
+        raise ConfigError(f"a key needs a dimension of at least 1, got {dim}", hint="pass the hidden states' width")
+    return KEY_KINDS[kind](dim, secret, label, condition_number)
+
+
+def product_bound(dim: int, condition_number: float, eps: float) -> float:
+    """How far (X·R)·(R⁻¹·W) may be from X·W, as a share of the largest entry of X·W: √(5·d)/2 · κ · eps.
+
+    *Bound*: one rounding errs by at most u = eps/2 (eps is ``torch.finfo(dtype).eps``). Errors being independent with
+    mean zero, an inner product of length d errs by λ·√d·u relative to its factors' norms, except with probability
+    2·exp(-λ²/2) (Higham and Mary, SIAM J. Sci. Comput. 41 (2019), Theorem 3.1). At most five such stages occur: R with
+    its inverse, X·R, R⁻¹·W, their product, and the plain X·W; in quadrature, √5·√d·u. An error in X·R reaches the
+    result through R⁻¹, which grows it by at most ‖R‖·‖R⁻¹‖ = κ. Over N entries λ is about √(2·ln N), and so is the
+    ratio of the largest of N Gaussian-like entries to the typical one: relative to the largest the two cancel.
+    """
+    return math.sqrt(5 * dim) / 2 * condition_number * eps
+
+
+def error_bound(quantity: str, product: float, *, products: int, largest_logit: float = 1, loss: float = 1) -> float:
+    """A first-order bound on the relative error of a whole protected pass; it is some c·κ·eps, as ``product`` is.
+
+    Args:
+        quantity: ``logits`` (relative to the largest), ``loss``, or ``gradients`` (each to its largest entry).
+        product: β, the bound of one protected product: :func:`product_bound` at the widest and worst key.
+        products: P, how many stand one behind the other: four a block (attention in and out, MLP in and out).
+        largest_logit: the largest |logit| met.
+        loss: the plain loss.
+
+    *Bound*: a product disturbs the residual stream by at most β of its size, since a branch does not exceed the stream;
+    norms undo changes of scale; P independent disturbances add in quadrature: β·√P for the logits. Cross-entropy moves
+    by at most 2·max|Δlogit|. A gradient is a product of a state (off by β·√P) and a backward signal that meets the same
+    products again (β·√(2·P)) and starts at a softmax whose entries move by 2·|Δlogit| of themselves. The network's own
+    sensitivity is taken to be of order one: if it amplifies the rounding errors of its plain form, it does these.
+
+    Raises:
+        ConfigError: an unknown ``quantity``.
+    """
+    factors = {"logits": 1.0, "loss": 2 * largest_logit / loss, "gradients": 1 + math.sqrt(2) + 2 * largest_logit}
+    if quantity not in factors:
+        raise ConfigError(f"no error bound for {quantity!r}", hint=nearest(quantity, factors))
+    return factors[quantity] * math.sqrt(products) * product

@@ -1,0 +1,1 @@
+"""The trusted side: the enclave's identity, and state sealed at rest."""

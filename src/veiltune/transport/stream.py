@@ -1,0 +1,225 @@
+"""Frames over a stream socket (TCP, or a socket pair), and how two processes come to share an authenticated one."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import select
+import socket
+import time
+from collections.abc import Callable, Iterable
+from typing import Unpack
+
+from veiltune.errors import PeerLostError, ProtocolError
+from veiltune.transport.channel import Channel, ChannelOptions
+from veiltune.transport.frame import PREAMBLE_BYTES, Frame, read_preamble
+
+TOKEN_BYTES = 32
+LOOPBACK = "127.0.0.1"
+HANDSHAKE_SECONDS = 10.0
+_MAX_PIECES = 512  # the operating system takes at most IOV_MAX (1024 on Linux) pieces a call
+_SOCKET_BUFFER_BYTES = 4 << 20
+
+Handshake = Callable[[socket.socket], None]
+"""Proves both ends to one another on a fresh connection, or raises `ProtocolError`. It may take `HANDSHAKE_SECONDS`."""
+
+
+class SocketChannel(Channel):
+    """Frames over a connected stream socket, which the channel then owns. Waiting is passive: an idle end uses no CPU.
+
+    The peer counts as lost when the last copy of its socket is closed: a process that hands a socket to a child must
+    close its own copy.
+
+    Args:
+        sock: a connected stream socket.
+        me: the party at this end.
+        peer: the party at the other end.
+        options: see `ChannelOptions`.
+    """
+
+    def __init__(self, sock: socket.socket, me: str, peer: str, **options: Unpack[ChannelOptions]) -> None:
+        super().__init__(me, peer, **options)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:  # TCP sizes its buffers by itself, and better
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+        sock.setblocking(False)
+        self._sock = sock
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self._writable.register(sock, select.POLLOUT)
+
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        """See `Channel.poll`."""
+        self._require_usable(None)
+        return bool(self._readable.poll(None if timeout is None else 1000 * timeout))
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        if not self._closed:
+            self._closed = True
+            self._sock.close()
+
+    def _send_frame(self, frame: Frame) -> None:
+        self._send_pieces((memoryview(frame.head), *frame.segments))
+
+    def _recv_head(self) -> bytes:
+        preamble = bytearray(PREAMBLE_BYTES)
+        self._recv_exactly(memoryview(preamble))
+        header_bytes, _ = read_preamble(memoryview(preamble), self._max_payload_bytes)
+        head = preamble + bytes(header_bytes)
+        self._recv_exactly(memoryview(head)[PREAMBLE_BYTES:])
+        return bytes(head)
+
+    def _recv_payload(self, segments: list[memoryview], num_bytes: int) -> None:  # noqa: ARG002
+        for segment in segments:
+            self._recv_exactly(segment)
+
+    def _send_pieces(self, pieces: Iterable[memoryview]) -> None:
+        left = list(pieces)
+        with self._peer_errors():
+            while left:
+                try:
+                    sent = self._sock.sendmsg(left[:_MAX_PIECES])
+                except BlockingIOError:
+                    self._wait(self._writable)
+                    continue
+                done = 0
+                while done < len(left) and sent >= len(left[done]):
+                    sent -= len(left[done])
+                    done += 1
+                del left[:done]
+                if sent:
+                    left[0] = left[0][sent:]
+
+    def _recv_exactly(self, view: memoryview) -> None:
+        with self._peer_errors():
+            while view:
+                try:
+                    received = self._sock.recv_into(view)
+                except BlockingIOError:
+                    self._wait(self._readable)
+                    continue
+                if not received:
+                    raise self._lost()
+                view = view[received:]
+
+    def _wait(self, poller: select.poll) -> None:
+        if not poller.poll(1000 * self._stall_seconds):
+            raise self._lost(f"made no progress for {self._stall_seconds:g} s in the middle of a message")
+
+
+# --- two processes meet -----------------------------------------------------------------------------------------------
+
+
+def listen_loopback(port: int = 0, host: str = LOOPBACK) -> socket.socket:
+    """A listening TCP socket, by default reachable from this machine only. ``getsockname()[1]`` tells its port."""
+    return socket.create_server((host, port), backlog=16)
+
+
+def accept(listener: socket.socket, handshake: Handshake, timeout: float = 60.0) -> socket.socket:
+    """Wait for the peer that can complete the handshake. Others are turned away and do not end the wait.
+
+    Raises:
+        PeerLostError: nobody proved itself within ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    refused = 0
+    while (left := deadline - time.monotonic()) > 0:
+        listener.settimeout(left)
+        try:
+            sock, _ = listener.accept()
+        except TimeoutError:
+            break
+        if _proves_itself(sock, handshake, min(HANDSHAKE_SECONDS, max(0.1, deadline - time.monotonic()))):
+            return sock
+        refused += 1
+    raise PeerLostError(
+        f"no peer connected within {timeout:g} s ({refused} turned away: wrong session token)",
+        hint="start the other party with the same session",
+    )
+
+
+def connect(host: str, port: int, handshake: Handshake, timeout: float = 60.0) -> socket.socket:
+    """Connect to a listener, which need not be up yet, and complete the handshake.
+
+    Raises:
+        PeerLostError: nothing listens there within ``timeout`` seconds.
+        ProtocolError: whoever listens there does not belong to this session.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            sock = socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic()))
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise PeerLostError(
+                    f"nothing listens at {host}:{port} after {timeout:g} s", hint="is the other party up?"
+                ) from error
+            time.sleep(0.05)
+    if not _proves_itself(sock, handshake, HANDSHAKE_SECONDS):
+        raise ProtocolError(f"{host}:{port} did not prove that it belongs to this session", hint="same session token?")
+    return sock
+
+
+def token_handshake(token: bytes, *, listening: bool) -> Handshake:
+    """A handshake in which both ends prove that they hold a session's token, and neither shows it.
+
+    Each sends 32 random bytes; then the connecting end, and only if that is right the listening end, sends
+    HMAC-SHA256(token, role ‖ listener's bytes ‖ connector's bytes). The role keeps a proof from being reflected. This
+    authenticates the two ends of one connection, not the frames after it: a network needs a secure channel besides.
+
+    Args:
+        token: 32 bytes that only this session's parties know.
+        listening: whether this end accepted the connection.
+
+    Raises:
+        ValueError: the token is not 32 bytes.
+    """
+    if len(token) != TOKEN_BYTES:
+        raise ValueError(f"a session token has {TOKEN_BYTES} bytes, not {len(token)}")
+
+    def prove(role: bytes, nonces: bytes) -> bytes:
+        return hmac.digest(token, b"veiltune link 1 " + role + nonces, hashlib.sha256)
+
+    def handshake(sock: socket.socket) -> None:
+        mine = secrets.token_bytes(TOKEN_BYTES)
+        sock.sendall(mine)
+        theirs = _read_exactly(sock, TOKEN_BYTES)
+        nonces = mine + theirs if listening else theirs + mine
+        if not listening:
+            sock.sendall(prove(b"connect", nonces))
+        expected = prove(b"connect" if listening else b"listen", nonces)
+        if not hmac.compare_digest(_read_exactly(sock, TOKEN_BYTES), expected):
+            raise ProtocolError("the peer does not hold this session's token")
+        if listening:
+            sock.sendall(prove(b"listen", nonces))
+
+    return handshake
+
+
+def _proves_itself(sock: socket.socket, handshake: Handshake, seconds: float) -> bool:
+    """Run the handshake; on any failure close the socket."""
+    sock.settimeout(seconds)
+    try:
+        handshake(sock)
+    except (OSError, ProtocolError):
+        sock.close()
+        return False
+    except BaseException:
+        sock.close()
+        raise
+    return True
+
+
+def _read_exactly(sock: socket.socket, num_bytes: int) -> bytes:
+    data = b""
+    while len(data) < num_bytes:
+        piece = sock.recv(num_bytes - len(data))
+        if not piece:
+            raise ProtocolError("the peer closed the connection during the handshake")
+        data += piece
+    return data
