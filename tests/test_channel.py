@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -89,8 +89,8 @@ def link(request: pytest.FixtureRequest) -> Iterator[Link]:
     """Makes linked ends over each wire, and closes them."""
     with ExitStack() as stack:
 
-        def open_pair(a: ChannelOptions | None = None, b: ChannelOptions | None = None, **both: Any) -> Pair:
-            base: ChannelOptions = {"registry": KINDS, **both}
+        def open_pair(a: ChannelOptions | None = None, b: ChannelOptions | None = None) -> Pair:
+            base: ChannelOptions = {"registry": KINDS}
             pair = make_pair(request.param, {**base, **(a or {})}, {**base, **(b or {})})
             for channel in pair:
                 stack.enter_context(channel)
@@ -117,7 +117,7 @@ def echo(channel: Channel) -> None:
         channel.send(message)
 
 
-# --- what every wire does -----------------------------------------------------------------------------------------------
+# --- what every wire does ---------------------------------------------------------------------------------------------
 
 
 def test_every_wire_carries_the_same_bytes() -> None:
@@ -224,7 +224,7 @@ def test_a_kind_that_may_not_be_received_is_refused_before_its_payload(
 
 
 def test_a_message_of_another_protocol_is_not_sent(link: Link) -> None:
-    a, _ = link(registry={"Bye": Bye})
+    a, _ = link({"registry": {"Bye": Bye}})
     with pytest.raises(ProtocolError, match="Box is not a message of this protocol"):
         a.send(box(1))
 
@@ -257,10 +257,14 @@ def test_what_was_sent_before_the_end_can_still_be_received(link: Link) -> None:
 def test_a_send_to_a_peer_that_has_gone_fails(link: Link) -> None:
     a, b = link()
     b.close()
-    with pytest.raises(PeerLostError, match="the host closed its link"):
-        for _ in range(3):  # TCP learns of it with the first answer
+
+    def send_thrice() -> None:  # TCP learns of it with the first answer
+        for _ in range(3):
             a.send(Bye())
             time.sleep(0.02)
+
+    with pytest.raises(PeerLostError, match="the host closed its link"):
+        send_thrice()
 
 
 def test_a_waiting_recv_notices_the_peers_end_and_waits_passively(link: Link) -> None:
@@ -293,7 +297,7 @@ def test_one_thread_may_send_while_another_receives(link: Link) -> None:
     thread.join()
 
 
-# --- streams --------------------------------------------------------------------------------------------------------------
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 def raw_end() -> tuple[socket.socket, SocketChannel]:
@@ -347,7 +351,7 @@ def test_a_peer_that_stalls_in_the_middle_of_a_frame_is_lost() -> None:
             channel.send(box(2, 10_000_000))  # nobody reads, and no buffer holds 40 MB
 
 
-# --- how two processes meet -----------------------------------------------------------------------------------------------
+# --- how two processes meet -------------------------------------------------------------------------------------------
 
 
 def test_listeners_are_reachable_from_this_machine_only() -> None:
@@ -432,11 +436,12 @@ def test_a_token_has_32_bytes_and_is_never_shown() -> None:
     assert repr(TOKEN) not in repr(token_handshake(TOKEN, listening=True))
 
 
-# --- the shared ring --------------------------------------------------------------------------------------------------------
+# --- the shared ring --------------------------------------------------------------------------------------------------
 
 
-def shared_pair(**options: Any) -> tuple[SharedMemoryChannel, SharedMemoryChannel]:
-    ours, theirs = make_pair("shared", {"registry": KINDS, **options}, {"registry": KINDS, **options})
+def shared_pair(stall_seconds: float = 60.0) -> tuple[SharedMemoryChannel, SharedMemoryChannel]:
+    options: ChannelOptions = {"registry": KINDS, "stall_seconds": stall_seconds}
+    ours, theirs = make_pair("shared", options, options)
     assert isinstance(ours, SharedMemoryChannel)
     assert isinstance(theirs, SharedMemoryChannel)
     return ours, theirs
@@ -538,7 +543,7 @@ def test_links_leave_no_descriptor_open() -> None:
     assert descriptors() == before
 
 
-# --- real processes ---------------------------------------------------------------------------------------------------------
+# --- real processes ---------------------------------------------------------------------------------------------------
 
 
 def echo_process() -> None:

@@ -251,9 +251,8 @@ def test_the_encoder_refuses(change: dict[str, Any], match: str) -> None:
 
 
 def test_deep_json_is_refused_both_ways() -> None:
-    deepest: Any = 0
-    for _ in range(fields.MAX_JSON_DEPTH - 2):
-        deepest = [deepest]
+    depth = fields.MAX_JSON_DEPTH - 2  # the object itself and the number at the bottom are levels too
+    deepest = json.loads("[" * depth + "0" + "]" * depth)
     config = {"a": deepest}
     header = {"kind": "Config", "fields": {"config": {"a": [deepest]}}, "blobs": []}
     kinds: dict[str, type[Message]] = {"Config": Config}

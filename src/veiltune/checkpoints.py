@@ -81,7 +81,9 @@ class StateStore:
 
         path = self._path(step)
         if not path.is_file():
-            raise CheckpointError(f"no state of step {step} in {str(self.directory)!r}", hint="start anew with --overwrite")
+            raise CheckpointError(
+                f"no state of step {step} in {str(self.directory)!r}", hint="start anew with --overwrite"
+            )
         if self.key is not None:
             return unseal_file(path, self.key, self._context(step)).tensors
         try:
@@ -92,7 +94,8 @@ class StateStore:
             raise CheckpointError(f"{str(path)!r} is damaged: {error}", hint="start anew with --overwrite") from None
         if metadata.get("fingerprint") != self.fingerprint:
             raise CheckpointError(
-                f"{str(path)!r} belongs to a run with another configuration", hint="resume with the configuration it began with"
+                f"{str(path)!r} belongs to a run with another configuration",
+                hint="resume with the configuration it began with",
             )
         return tensors
 

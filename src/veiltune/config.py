@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from veiltune.errors import ConfigError, nearest
 
-
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -46,7 +45,8 @@ class LoraConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["all"] | tuple[str, ...] = Field(default="all", description="'all' or names such as q_proj")
     init_seed: int | None = Field(
-        default=None, description="reproducible first factors, for tests and comparisons; unset: from the system's randomness"
+        default=None,
+        description="reproducible first factors, for tests and comparisons; unset: from the system's randomness",
     )
 
 
@@ -154,7 +154,8 @@ def load_config(
         if key not in known:
             raise ConfigError(f"unknown key {key!r} in the configuration", hint=nearest(key, known))
     raw["design_options"] = {
-        name: _validated(options[name], table, prefix=f"{name}.").model_dump(mode="json") for name, table in tables.items()
+        name: _validated(options[name], table, prefix=f"{name}.").model_dump(mode="json")
+        for name, table in tables.items()
     }
     return _validated(Config, raw, prefix="")
 
@@ -167,7 +168,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {str(path)!r}: {error}", hint="give a TOML text file") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}", hint="strings need quotes; tables look like [data]") from None
+        raise ConfigError(
+            f"{path}: not valid TOML: {error}", hint="strings need quotes; tables look like [data]"
+        ) from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -199,7 +202,9 @@ def _as_config_error(model: type[BaseModel], error: ValidationError, prefix: str
     where = prefix + ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         table = _model_at(model, first["loc"][:-1])
-        return ConfigError(f"unknown key {where!r} in the configuration", hint=nearest(str(first["loc"][-1]), table.model_fields))
+        return ConfigError(
+            f"unknown key {where!r} in the configuration", hint=nearest(str(first["loc"][-1]), table.model_fields)
+        )
     if first["type"] == "missing":
         return ConfigError(f"the configuration lacks {where!r}", hint=f"add {where} = …")
     return ConfigError(f"{where or 'configuration'} = {first.get('input')!r}: {first['msg']}", hint="correct the value")

@@ -167,7 +167,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     )
                 yield where, row
         except csv.Error as error:
-            raise DataError(f"{path.name}:{reader.line_num}: no valid CSV: {error}", hint="check the quotes") from None
+            raise DataError(f"{path.name}:{reader.line_num + 1}: no valid CSV: {error}", hint="check the quotes") from None
         except UnicodeDecodeError:
             raise DataError(f"{path.name}:{reader.line_num + 1}: not UTF-8", hint="save the file as UTF-8") from None
 
@@ -196,13 +196,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 def _read_hub(source: str, split: str) -> Iterator[Row]:
     from datasets import load_dataset
-    from huggingface_hub.errors import HfHubHTTPError
 
     name, _, revision = source.partition("@")
     repository, _, config = name.partition(":")
     try:
         rows = load_dataset(repository, config or None, split=split, revision=revision or None)
-    except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"data {source!r} is no local file, and the hub did not give its split {split!r}: {_first_line(error)}",
             hint="check the name, the split and the network, or give a file or package:DISTRIBUTION/TASK",
@@ -283,7 +282,7 @@ def _require_text(where: str, name: str, value: str) -> None:
 
 
 def _names(row: dict[str, Any]) -> str:
-    return ", ".join(str(name) for name in row) or "nothing"
+    return ", ".join(row) or "nothing"
 
 
 def _first_line(error: BaseException) -> str:

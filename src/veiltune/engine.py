@@ -87,7 +87,9 @@ def clip_and_step(
 class ParameterBackend(Backend):
     """Factors and optimiser in this process, in the plain basis."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, store: StateStore) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, store: StateStore
+    ) -> None:
         self.parameters = dict(parameters)
         self.optimizer = optimizer
         self.store = store
@@ -99,7 +101,8 @@ class ParameterBackend(Backend):
     def gradients(self) -> dict[str, Tensor]:
         """See `Backend.gradients`."""
         return {
-            name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self.parameters.items()
+            name: torch.zeros_like(value) if value.grad is None else value.grad
+            for name, value in self.parameters.items()
         }
 
     def factors(self) -> dict[str, Tensor]:
@@ -115,7 +118,9 @@ class ParameterBackend(Backend):
         restore_optimizer(self.optimizer, self.parameters, self.store.load(step))
 
 
-def target_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def target_logits(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of the labelled positions alone: the head is by far the widest matrix, and the others need none.
 
     Args:
@@ -127,7 +132,9 @@ def target_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, labels:
     Returns:
         logits (targets, vocabulary), their labels (targets,), their rows (targets,).
     """
-    hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+    hidden = getattr(model, model.base_model_prefix)(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    )[0]
     wanted = labels[:, 1:] != IGNORED
     rows = torch.nonzero(wanted)[:, 0]
     logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
@@ -144,7 +151,9 @@ class Engine:
         emit: sends one message to the owner outside the request's answer (streamed tokens).
     """
 
-    def __init__(self, model: nn.Module, backend: Backend, device: torch.device, emit: Callable[[Message], None]) -> None:
+    def __init__(
+        self, model: nn.Module, backend: Backend, device: torch.device, emit: Callable[[Message], None]
+    ) -> None:
         self.model: Any = model
         self.backend = backend
         self.device = device

@@ -119,6 +119,8 @@ def _utility_rows(results: Results) -> list[Row]:
 def _measured(figure: Measurement | None) -> str | None:
     if figure is None:
         return None
+    if figure.ci95 is None:
+        return f"{figure.value:.3f} n={figure.n}"
     low, high = figure.ci95
     return f"{figure.value:.3f} [{low:.3f}, {high:.3f}] n={figure.n}"
 
@@ -307,7 +309,7 @@ def plot_losses(results: Results, path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    figure.suptitle(f"Loss while tuning {_title(curves)}", x=0.01, ha="left", fontsize=12)
+    figure.suptitle(_verbatim(f"Loss while tuning {_title(curves)}"), x=0.01, ha="left", fontsize=12)
     axes = figure.add_subplot()
     for index, (label, result) in enumerate(curves.items()):
         _plot_run(axes, index, label, result)
@@ -320,7 +322,7 @@ def plot_losses(results: Results, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, handlelength=3)
     if note := _caption(curves):
-        axes.set_title(note, loc="left", fontsize=8, color="#B00000")
+        axes.set_title(_verbatim(note), loc="left", fontsize=8, color="#B00000")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     figure.savefig(partial, format="png")
@@ -337,8 +339,13 @@ def _plot_run(axes: Any, index: int, label: str, result: RunResult) -> None:
         "zorder": 2 + index,
     }
     marker = "o" if len(result.loss) == 1 else None  # a single point draws no line
-    axes.plot(range(1, len(result.loss) + 1), result.loss, marker=marker, label=label, **look)
+    axes.plot(range(1, len(result.loss) + 1), result.loss, marker=marker, label=_verbatim(label), **look)
     if result.validation_loss:
         steps, values = zip(*result.validation_loss, strict=True)
         size = max(4, 9 - 3 * index)
         axes.plot(steps, values, "D", color=look["color"], alpha=look["alpha"], markersize=size, zorder=20 + index)
+
+
+def _verbatim(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -36,18 +37,32 @@ class Record(BaseModel):
 
 
 class Measurement(Record):
-    """A figure measured on ``n`` items, with its 95% interval (low, high), in the figure's own unit."""
+    """A figure measured on ``n`` items, with its 95% interval (low, high) in its own unit; None where it has none."""
 
     value: float
     n: int = Field(ge=1)
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
 
     @model_validator(mode="after")
     def _interval_holds_value(self) -> Self:
-        low, high = self.ci95
-        if low > self.value or self.value > high:
-            raise ValueError(f"the interval [{low}, {high}] does not hold the value {self.value}")
+        if self.ci95 is not None and not self.ci95[0] <= self.value <= self.ci95[1]:
+            raise ValueError(f"the interval {list(self.ci95)} does not hold the value {self.value}")
         return self
+
+
+def measurements(utility: Mapping[str, Mapping[str, Any]]) -> dict[str, Measurement]:
+    """The form a record keeps of what tasks measured: ``task/metric`` to value, n and interval.
+
+    Args:
+        utility: by task, ``{"metric", "value", "n", "ci95", "others": {metric: value}}``. A task's other metrics are
+            over the same items and have no interval.
+    """
+    kept: dict[str, Measurement] = {}
+    for task, found in utility.items():
+        kept[f"{task}/{found['metric']}"] = Measurement(value=found["value"], n=found["n"], ci95=found["ci95"])
+        for metric, value in found.get("others", {}).items():
+            kept[f"{task}/{metric}"] = Measurement(value=value, n=found["n"], ci95=None)
+    return kept
 
 
 class Spread(Record):
@@ -241,8 +256,23 @@ def read_result(path: Path) -> RunResult:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write plain JSON (see `to_json`), whole or not at all."""
+    write_text(path, to_json(value, indent=1) + "\n")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Plain values as JSON that every reader takes: numbers that are not finite become strings, as in a `RunResult`."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_finite(item) for item in value]
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -207,7 +207,7 @@ def _score_by_length(
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
         for i, (log_prob, greedy) in zip(chosen, score([pairs[i] for i in chosen]), strict=True):
-            answers[i] = (float(log_prob) if math.isfinite(log_prob) else _NO_SCORE, bool(greedy))
+            answers[i] = (float(log_prob) if math.isfinite(log_prob) else _NO_SCORE, greedy)
         if progress:
             progress(min(begin + batch_size, len(order)), len(order))
     return answers

@@ -180,6 +180,11 @@ class Trainer:
     def checkpoint(self) -> None:
         """Save every party's state, then commit."""
         self.tuner.save(self.history.step)
-        commit = {"schema": 1, "fingerprint": self.config.fingerprint(), "step": self.history.step, "history": vars(self.history)}
+        commit = {
+            "schema": 1,
+            "fingerprint": self.config.fingerprint(),
+            "step": self.history.step,
+            "history": vars(self.history),
+        }
         write_json(Path(self.config.output) / COMMIT, commit)
         self.report("checkpoint", {"step": self.history.step})

@@ -98,7 +98,9 @@ class Tuner(ABC):
             if not reply.last:
                 yield reply.token
 
-    def score(self, pairs: Sequence[tuple[list[int], list[int]]], *, batch_size: int = 16, pad_id: int = 0) -> list[Scored]:
+    def score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], *, batch_size: int = 16, pad_id: int = 0
+    ) -> list[Scored]:
         """Summed log-probability of each continuation after its context, and whether greedy decoding gives it.
 
         Pairs are sorted by length into batches, right-padded; answers come in the order of ``pairs``.

@@ -63,7 +63,9 @@ def run_host(party: Party) -> None:
     linears = adapted_linears(family, num_layers, config.lora)
     shapes = {linear.path: _fan(model.get_submodule(linear.path), in_out=family.weights_in_out) for linear in linears}
     inject_adapters(model, config.lora, family, num_layers)
-    place_factors(model, {name: value.to(device) for name, value in initial_factors(shapes, config.lora, dtype).items()})
+    place_factors(
+        model, {name: value.to(device) for name, value in initial_factors(shapes, config.lora, dtype).items()}
+    )
     parameters = factor_parameters(model, [linear.path for linear in linears])
     if rounded:
         round_between_operations(model)

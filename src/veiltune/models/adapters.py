@@ -15,7 +15,7 @@ Factors travel as a flat mapping ``{"<linear>.lora_A": (rank, in), "<linear>.lor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from veiltune.secrets import MasterSecret
 
 ADAPTER = "default"
 Keys = Mapping[str, Key]
+RowMap = Callable[[Key, Tensor], Tensor]
 
 
 def adapted_linears(family: Family, num_layers: int, lora: LoraConfig) -> list[Linear]:
@@ -52,7 +53,12 @@ def peft_config(lora: LoraConfig, family: Family, num_layers: int, base: str | N
     """The `peft.LoraConfig` that means the same."""
     import peft
 
-    names = sorted({linear.path.split(f"{family.blocks}.", 1)[1].split(".", 1)[1] for linear in adapted_linears(family, num_layers, lora)})
+    names = sorted(
+        {
+            linear.path.split(f"{family.blocks}.", 1)[1].split(".", 1)[1]
+            for linear in adapted_linears(family, num_layers, lora)
+        }
+    )
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyrefly: ignore[bad-argument-type]
@@ -113,54 +119,49 @@ def place_factors(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
                 holder.weight.copy_(value)
 
 
-def _transform(tensors: Mapping[str, Tensor], linears: Sequence[Linear], keys: Keys, how: str) -> dict[str, Tensor]:
-    """Apply one of a key's linear maps to whichever factor of each pair meets the key."""
-    sides = {linear.path: linear for linear in linears}
-    out: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        path, _, which = name.rpartition(".")
-        linear = sides[path]
-        key = keys[linear.key]
-        if linear.side == "input" and which == "lora_A":
-            out[name] = getattr(key, f"{how}_input_weight")(value.T).T.contiguous()
-        elif linear.side == "output" and which == "lora_B":
-            out[name] = getattr(key, f"{how}_output_weight")(value.T).T.contiguous()
-        else:
-            out[name] = value
+def _transform(
+    tensors: Mapping[str, Tensor], linears: Sequence[Linear], input_map: RowMap, output_map: RowMap, keys: Keys
+) -> dict[str, Tensor]:
+    """Map whichever factor of each pair meets the key; factors that meet the same key go through it together."""
+    out = dict(tensors)
+    groups: dict[str, list[tuple[str, Linear]]] = {}
+    for linear in linears:
+        name = f"{linear.path}.lora_{'A' if linear.side == 'input' else 'B'}"
+        if name in tensors:
+            groups.setdefault(linear.key, []).append((name, linear))
+    for label, members in groups.items():
+        key = keys[label]
+        is_input = members[0][1].side == "input"
+        rows = [tensors[name] if is_input else tensors[name].T for name, _ in members]
+        mapped = (input_map if is_input else output_map)(key, torch.cat(rows)).split([len(part) for part in rows])
+        for (name, _), value in zip(members, mapped, strict=True):
+            out[name] = (value if is_input else value.T).contiguous()
     return out
 
 
 def mask_factors(factors: Mapping[str, Tensor], linears: Sequence[Linear], keys: Keys) -> dict[str, Tensor]:
-    """Plain factors to the obfuscated basis."""
-    return _transform(factors, linears, keys, "mask")
+    """Plain factors to the obfuscated basis: lora_A* = lora_A·R⁻ᵀ, lora_B* = Rᵀ·lora_B."""
+    return _transform(factors, linears, Key.mask_gradient, Key.mask, keys)
 
 
 def unmask_factors(factors: Mapping[str, Tensor], linears: Sequence[Linear], keys: Keys) -> dict[str, Tensor]:
-    """Obfuscated factors back to the plain basis."""
-    return _transform(factors, linears, keys, "unmask")
+    """Obfuscated factors back to the plain basis: lora_A = lora_A*·Rᵀ, lora_B = R⁻ᵀ·lora_B*."""
+    return _transform(factors, linears, Key.unmask_gradient, Key.unmask, keys)
 
 
-def unmask_factor_gradients(gradients: Mapping[str, Tensor], linears: Sequence[Linear], keys: Keys) -> dict[str, Tensor]:
+def unmask_factor_gradients(
+    gradients: Mapping[str, Tensor], linears: Sequence[Linear], keys: Keys
+) -> dict[str, Tensor]:
     """Gradients of obfuscated factors to those of the plain ones.
 
-    A* = R⁻¹·A gives dA = R⁻ᵀ·dA*, that is d(lora_A) = d(lora_A*)·R⁻¹; B* = B·R gives dB = dB*·Rᵀ.
+    The transposes of `mask_factors`: d(lora_A) = d(lora_A*)·R⁻¹, d(lora_B) = R·d(lora_B*).
     """
-    sides = {linear.path: linear for linear in linears}
-    out: dict[str, Tensor] = {}
-    for name, value in gradients.items():
-        path, _, which = name.rpartition(".")
-        linear = sides[path]
-        key = keys[linear.key]
-        if linear.side == "input" and which == "lora_A":
-            out[name] = key.unmask(value)
-        elif linear.side == "output" and which == "lora_B":
-            out[name] = key.unmask_gradient(value.T).T.contiguous()
-        else:
-            out[name] = value
-    return out
+    return _transform(gradients, linears, Key.unmask, Key.unmask_gradient, keys)
 
 
-def save_adapter(directory: Path, factors: Mapping[str, Tensor], lora: LoraConfig, family: Family, num_layers: int, base: str) -> None:
+def save_adapter(
+    directory: Path, factors: Mapping[str, Tensor], lora: LoraConfig, family: Family, num_layers: int, base: str
+) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does; weights first, so a torn write shows."""
     from safetensors.torch import save_file
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _VOLATILE_CONFIG_KEYS = {"_name_or_path", "_model_name_or_path", "transformers_version"}
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
@@ -71,8 +72,9 @@ class Checkpoint:
         try:
             return AutoConfig.from_pretrained(self.directory, trust_remote_code=False, local_files_only=True)
         except (ValueError, KeyError, OSError) as error:
+            model_type = _read_json(self.directory / "config.json", self.source).get("model_type")
             raise ModelError(
-                f"the configuration of {self.source!r} cannot be used: {_first_line(error)}",
+                f"the configuration of {self.source!r} (model_type {model_type!r}) is no use: {_first_line(error)}",
                 hint="only architectures that transformers itself ships are supported",
             ) from None
 
@@ -145,14 +147,19 @@ class Checkpoint:
         """
         from transformers import AutoTokenizer
 
+        if not any((self.directory / name).is_file() for name in _TOKENIZER_FILES):
+            # transformers would build an empty tokenizer from the configuration's class and say nothing
+            raise ModelError(
+                f"{self.source!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}",
+                hint="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
+            )
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 self.directory, trust_remote_code=False, local_files_only=True
             )
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise ModelError(
-                f"{self.source!r} has no tokenizer that can be loaded: {_first_line(error)}",
-                hint="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
+                f"the tokenizer of {self.source!r} cannot be loaded: {_first_line(error)}", hint="fetch the model again"
             ) from None
         if tokenizer.eos_token_id is None:
             raise ModelError(

@@ -152,7 +152,9 @@ def find_family(config: PretrainedConfig) -> Family:
         if config.model_type in family.model_types:
             reason = family.refuses(config)
             if reason is not None:
-                raise ModelError(f"this {config.model_type} model cannot be protected: {reason}", hint="choose another checkpoint")
+                raise ModelError(
+                    f"this {config.model_type} model cannot be protected: {reason}", hint="choose another checkpoint"
+                )
             return family
     known = [name for family in FAMILIES for name in family.model_types]
     raise ModelError(f"unsupported architecture {config.model_type!r}", hint=nearest(config.model_type, known))

@@ -87,7 +87,7 @@ class TrunkClient:
         return self._contexts
 
     def cache(self, cache: Any) -> int:
-        """The host's number for a cache of `transformers`; 0 for none. """
+        """The host's number for a cache of `transformers`; 0 for none."""
         if cache is None:
             return 0
         if cache not in self._caches:

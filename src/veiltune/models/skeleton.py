@@ -28,7 +28,9 @@ def config_from_json(values: Mapping[str, Any]) -> Any:
     try:
         return AutoConfig.for_model(model_type, **values)
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot build a configuration for {model_type!r}: {error}", hint="check config.json") from None
+        raise ModelError(
+            f"cannot build a configuration for {model_type!r}: {error}", hint="check config.json"
+        ) from None
 
 
 def empty_model(config: Any) -> nn.Module:
@@ -68,7 +70,9 @@ def assign_parameter(model: nn.Module, name: str, value: Tensor) -> None:
         parent = model.get_submodule(parent_name)
         old = parent._parameters[leaf]
     except (AttributeError, KeyError):
-        raise ModelError(f"unexpected tensor {name!r} for this architecture", hint="check the checkpoint's config.json") from None
+        raise ModelError(
+            f"unexpected tensor {name!r} for this architecture", hint="check the checkpoint's config.json"
+        ) from None
     if old is not None and old.shape != value.shape:
         raise ModelError(
             f"tensor {name!r} has shape {tuple(value.shape)}, the architecture wants {tuple(old.shape)}",
@@ -97,7 +101,9 @@ def require_complete(model: nn.Module) -> None:
     missing = missing_parameters(model)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"the checkpoint lacks {missing[0]!r}{more}", hint="the checkpoint is incomplete; fetch it again")
+        raise ModelError(
+            f"the checkpoint lacks {missing[0]!r}{more}", hint="the checkpoint is incomplete; fetch it again"
+        )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -112,7 +118,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {name!r} cannot be used: {error}".splitlines()[0], hint="set device = 'auto' or 'cpu'") from None
+        raise ModelError(
+            f"device {name!r} cannot be used: {error}".splitlines()[0], hint="set device = 'auto' or 'cpu'"
+        ) from None
     return device
 
 

@@ -94,14 +94,13 @@ def _from_file(path: Path, cache_dir: Path | None, progress: Callable[[str], Non
 
 def _from_hub(source: str, progress: Callable[[str], None] | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     repository, _, revision = source.partition("@")
     if progress:
         progress(f"looking for {repository} on the hub")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"model {source!r} is no local path, and the hub did not give it: {first}",

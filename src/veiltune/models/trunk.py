@@ -32,7 +32,9 @@ class HostTrunk:
         rounded: imitate bfloat16 (see `models.precision`).
     """
 
-    def __init__(self, config: Any, placement: Placement, lora: LoraConfig, device: torch.device, *, rounded: bool) -> None:
+    def __init__(
+        self, config: Any, placement: Placement, lora: LoraConfig, device: torch.device, *, rounded: bool
+    ) -> None:
         self.config = config
         self.device = device
         self.rounded = rounded
@@ -80,7 +82,9 @@ class HostTrunk:
         adapted = set(self.adapted)
         for name, value in tensors.items():
             path, _, leaf = name.rpartition(".")
-            assign_parameter(self.model, f"{path}.base_layer.{leaf}" if path in adapted else name, value.to(self.device))
+            assign_parameter(
+                self.model, f"{path}.base_layer.{leaf}" if path in adapted else name, value.to(self.device)
+            )
 
     def load_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Take LoRA factors in the obfuscated basis."""
@@ -119,7 +123,9 @@ class HostTrunk:
             self._kept[request.ticket] = (entry, outputs)
         return tuple(output.detach() for output in outputs)
 
-    def _run(self, operation: Operation, block: Any, hidden: Tensor, context_id: int, cache_id: int) -> tuple[Tensor, ...]:
+    def _run(
+        self, operation: Operation, block: Any, hidden: Tensor, context_id: int, cache_id: int
+    ) -> tuple[Tensor, ...]:
         segment = operation.segment
         if operation.part == "inputs":
             return tuple(block.get_submodule(path)(hidden) for path in segment.inputs)

@@ -102,7 +102,9 @@ class Owner:
         if job.resume_step is not None:
             self.tuner.load(job.resume_step)
         text = self._chat_prompt(job.prompt or "")
-        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.tokenizer.chat_template)[
+            "input_ids"
+        ]
         settings = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.pad_id, **job.settings}
         tokens: list[int] = []
         shown = ""
@@ -112,7 +114,11 @@ class Owner:
             if not decoded.endswith("\ufffd"):  # a character that is not whole yet
                 self.party.report("text", {"text": decoded[len(shown) :]})
                 shown = decoded
-        self.party.figures["generated"] = {"prompt": job.prompt, "text": self.tokenizer.decode(tokens, skip_special_tokens=True), "tokens": tokens}
+        self.party.figures["generated"] = {
+            "prompt": job.prompt,
+            "text": self.tokenizer.decode(tokens, skip_special_tokens=True),
+            "tokens": tokens,
+        }
 
     def _chat_prompt(self, prompt: str) -> str:
         if not self.tokenizer.chat_template:
@@ -139,19 +145,37 @@ class Owner:
         found.update({f"adapter:{name}": value for name, value in self.tuner.adapter().items()})
         found["losses"] = torch.tensor(losses, dtype=torch.float64)
         if probe.get("generate"):
-            settings = {"do_sample": False, "max_new_tokens": int(probe["generate"]), "min_new_tokens": int(probe["generate"])}
+            settings = {
+                "do_sample": False,
+                "max_new_tokens": int(probe["generate"]),
+                "min_new_tokens": int(probe["generate"]),
+            }
             found["tokens"] = torch.tensor(list(self.tuner.generate(ids[:1], settings)))
-        save_file({name: value.detach().contiguous().clone() for name, value in found.items()}, self.party.directory / "probe.safetensors")
+        save_file(
+            {name: value.detach().contiguous().clone() for name, value in found.items()},
+            self.party.directory / "probe.safetensors",
+        )
 
     def provision(self) -> None:
         """The model has reached its places; ask for the figures and end."""
+
+    def leave(self) -> None:
+        """Ask for the figures and let everyone go."""
+        self.party.figures["engine"] = self.tuner.figures()
+        for link in self.party.links.values():
+            try:
+                link.send(Goodbye())
+            except PeerLostError:
+                self.party.report("peer_gone", {"peer": link.peer})
 
     # --- parts of jobs --------------------------------------------------------------------------------------------------
 
     def _export(self) -> None:
         config = self.party.config
         directory = Path(config.output) / "adapter"
-        save_adapter(directory, self.tuner.adapter(), config.lora, self.family, self.model_config.num_hidden_layers, config.model)
+        save_adapter(
+            directory, self.tuner.adapter(), config.lora, self.family, self.model_config.num_hidden_layers, config.model
+        )
         self.party.report("exported", {"directory": "adapter"})
 
     def _measure(self, when: str) -> None:
@@ -181,27 +205,26 @@ JOBS: dict[str, Callable[[Owner], None]] = {
 }
 
 
+def join(party: Party, trainer: str, *, attested: bool) -> Owner:
+    """The owner's first words: have the enclave prove itself, and get the tokenizer."""
+    if attested:
+        party.require_enclave(trainer)
+    card = party.links["provider"].recv_as(ModelCard)
+    files = party.links["provider"].recv_as(TokenizerFiles).files
+    party.figures["model"] = {"fingerprint": card.fingerprint, "num_parameters": card.num_parameters}
+    tuner = RemoteTuner(party.links[trainer])
+    return Owner(party, tuner, _load_tokenizer(files), config_from_json(card.config))
+
+
 def own(party: Party, trainer: str, *, attested: bool) -> None:
     """Run the owner of a design whose training engine is another party.
 
     Raises:
         DataError: the data cannot be used. Others come from what the job does.
     """
-    if attested:
-        party.require_enclave(trainer)
-    card = party.links["provider"].recv_as(ModelCard)
-    files = party.links["provider"].recv_as(TokenizerFiles).files
-    party.figures["model"] = {"fingerprint": card.fingerprint, "num_parameters": card.num_parameters}
-    config = config_from_json(card.config)
-    tuner = RemoteTuner(party.links[trainer])
-    owner = Owner(party, tuner, _load_tokenizer(files), config)
+    owner = join(party, trainer, attested=attested)
     JOBS[party.job.verb](owner)
-    party.figures["engine"] = tuner.figures()
-    for link in party.links.values():
-        try:
-            link.send(Goodbye())
-        except PeerLostError:
-            party.report("peer_gone", {"peer": link.peer})
+    owner.leave()
 
 
 def _load_tokenizer(files: dict[str, Tensor]) -> Any:
@@ -222,6 +245,6 @@ def _read_commit(output: Path) -> dict[str, Any]:
     try:
         return json.loads((output / COMMIT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no checkpoint to resume in {str(output)!r}: {error}", hint="start anew without --resume") from None
-
-
+        raise CheckpointError(
+            f"no checkpoint to resume in {str(output)!r}: {error}", hint="start anew without --resume"
+        ) from None

@@ -30,6 +30,7 @@ class Job(Section):
     Attributes:
         verb: tune; generate; evaluate; ``probe`` (one forward, backward and a few steps, for verification); ``provision`` (the
             model reaches its places and nothing more).
+        native: keep the configured dtype as it is stored, even where this machine would compute in another (``provision``).
         resume_step: the committed checkpoint to go back to first.
         prompt: what to generate from.
         settings: `transformers`' generation arguments.
@@ -37,6 +38,7 @@ class Job(Section):
     """
 
     verb: Verb
+    native: bool = False
     resume_step: int | None = None
     prompt: str | None = None
     settings: dict[str, Any] = {}

@@ -17,7 +17,14 @@ from veiltune.models.sources import check_memory, resolve_model
 from veiltune.parties.party import Party
 from veiltune.transport.messages import Acknowledged, Goodbye, ModelCard, TokenizerFiles, WeightShard
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 _IGNORED = re.compile(r"\.(attn|self_attn)\.(bias|masked_bias|rotary_emb\.inv_freq)$|rotary_emb\.inv_freq$")
 """Buffers that older checkpoints store and models make for themselves."""
 
@@ -40,7 +47,10 @@ def canonical_names(checkpoint: Checkpoint) -> dict[str, str]:
                 break
         else:
             if not _IGNORED.search(stored):
-                raise ModelError(f"unexpected tensor {stored!r} in {checkpoint.source!r}", hint="its config.json names another architecture")
+                raise ModelError(
+                    f"unexpected tensor {stored!r} in {checkpoint.source!r}",
+                    hint="its config.json names another architecture",
+                )
     return names
 
 
@@ -61,11 +71,15 @@ def provide(party: Party, trainer: str, *, attested: bool) -> None:
         ModelError: the source cannot be used, holds values that are not finite, or does not fit this machine's memory.
     """
     config = party.config
-    checkpoint = resolve_model(config.model, dtype=DTYPES[config.dtype] if party.job.verb == "provision" else None)
+    checkpoint = resolve_model(config.model, dtype=DTYPES[config.dtype] if party.job.native else None)
     family = find_family(checkpoint.config)
-    if party.job.verb != "provision":
+    if not party.job.native:
         check_memory(
-            checkpoint.config, torch.float32, batch=config.train.batch_size, length=config.data.max_length, lora_rank=config.lora.rank
+            checkpoint.config,
+            torch.float32,
+            batch=config.train.batch_size,
+            length=config.data.max_length,
+            lora_rank=config.lora.rank,
         )
     if attested:
         party.require_enclave(trainer)
@@ -94,7 +108,9 @@ def _stream(party: Party, checkpoint: Checkpoint, family: Family, trainer: str) 
         tensors = {stored[name]: value for name, value in checkpoint.tensors(stored)}
         for name, value in tensors.items():
             if not torch.isfinite(value).all():
-                raise ModelError(f"tensor {name!r} of {party.config.model!r} is not finite", hint="the checkpoint is damaged")
+                raise ModelError(
+                    f"tensor {name!r} of {party.config.model!r} is not finite", hint="the checkpoint is damaged"
+                )
         party.links[trainer].send(WeightShard(tensors, last=index == num_layers))
         party.links[trainer].recv_as(Acknowledged)
         party.report("provisioned", {"block": index, "num_blocks": num_layers})

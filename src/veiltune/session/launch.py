@@ -23,13 +23,18 @@ from veiltune.transport.stream import SocketChannel, accept, connect, listen_loo
 from veiltune.transport.transcript import Meter, Transcript
 
 CONTROL = "supervisor"
+PARTY_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+}
 
 
 def channel_options(design: Design, me: str, peer: str, observers: tuple[Any, ...]) -> ChannelOptions:
     """Guards of one end of a link: only what the receiver's ``reveals`` lists may cross."""
-    return ChannelOptions(
-        may_send=design.may_receive(peer), may_receive=design.may_receive(me), observers=observers
-    )
+    return ChannelOptions(may_send=design.may_receive(peer), may_receive=design.may_receive(me), observers=observers)
 
 
 def party_directory(config: Config, role: str) -> Path:
@@ -105,7 +110,9 @@ def start_threads(config: Config, job: Job) -> list[Running]:
     for role in design.roles:
         mine, theirs = memory_pair(CONTROL, role)
         party = _party(config, job, role, links[role], theirs, observers[role][0])
-        thread = threading.Thread(target=_run_thread, args=(party, observers[role][1]), name=f"veiltune-{role}", daemon=True)
+        thread = threading.Thread(
+            target=_run_thread, args=(party, observers[role][1]), name=f"veiltune-{role}", daemon=True
+        )
         started.append(Running(role, mine, thread=thread, links=list(links[role].values())))
     for running in started:
         if running.thread is not None:
@@ -133,21 +140,29 @@ def _party(config: Config, job: Job, role: str, links: Mapping[str, Channel], co
 # --- processes ----------------------------------------------------------------------------------------------------------
 
 
-def start_processes(config: Config, job: Job) -> list[Running]:
-    """Every party as an operating-system process. Wires are inherited descriptors, so nothing listens anywhere."""
+def start_processes(config: Config, job: Job, *, here: str | None = None) -> tuple[list[Running], Party | None]:
+    """Every party as an operating-system process. Wires are inherited descriptors, so nothing listens anywhere.
+
+    With ``here``, that role is not started but returned, for the caller to be it.
+    """
     design = DESIGNS[config.design]
     wires: dict[str, list[dict[str, Any]]] = {role: [] for role in design.roles}
     for a, b in design.links:
         for me, peer, wire in _wire(config, design, a, b):
             wires[me].append({"peer": peer, **wire})
     started: list[Running] = []
+    mine: Party | None = None
     (Path(config.output) / "log").mkdir(parents=True, exist_ok=True)
-    for role in design.roles:
-        mine, theirs = socket.socketpair()
-        process = _spawn(config, job, role, wires[role], theirs.fileno())
-        theirs.close()
-        started.append(Running(role, SocketChannel(mine, CONTROL, role), process=process))
-    return started
+    for role in sorted(design.roles, key=lambda role: role == here):
+        ours, theirs = socket.socketpair()
+        if role == here:
+            mine, _ = attach(_start_record(config, job, role, wires[role], theirs.detach()))
+            started.append(Running(role, SocketChannel(ours, CONTROL, role)))
+        else:
+            process = _spawn(config, _start_record(config, job, role, wires[role], theirs.fileno()))
+            theirs.close()
+            started.append(Running(role, SocketChannel(ours, CONTROL, role), process=process))
+    return started, mine
 
 
 def _wire(config: Config, design: Design, a: str, b: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -178,22 +193,25 @@ def _tcp_pair() -> tuple[socket.socket, socket.socket]:
     return first, ends[0]
 
 
-def _spawn(config: Config, job: Job, role: str, wires: list[dict[str, Any]], control_fd: int) -> subprocess.Popen[bytes]:
-    start = {
+def _start_record(config: Config, job: Job, role: str, wires: list[dict[str, Any]], control_fd: int) -> dict[str, Any]:
+    return {
         "role": role,
         "config": json.loads(config.to_json()),
         "job": job.model_dump(mode="json"),
         "wires": wires,
         "control": control_fd,
     }
-    fds = [fd for wire in wires for fd in wire["fds"]]
-    with (Path(config.output) / "log" / f"{role}.log").open("ab") as log:
+
+
+def _spawn(config: Config, start: dict[str, Any]) -> subprocess.Popen[bytes]:
+    fds = [fd for wire in start["wires"] for fd in wire["fds"]]
+    with (Path(config.output) / "log" / f"{start['role']}.log").open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             [sys.executable, "-m", "veiltune.session.worker"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            pass_fds=[*fds, control_fd],
+            pass_fds=[*fds, start["control"]],
             env=party_environment(config),
             start_new_session=True,  # Ctrl-C is the supervisor's to handle
         )
@@ -206,8 +224,12 @@ def _spawn(config: Config, job: Job, role: str, wires: list[dict[str, Any]], con
 
 
 def party_environment(config: Config) -> dict[str, str]:
-    """A party's environment: parties take turns on the same cores, so one that waits must not spin."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    """A party's environment.
+
+    Parties take turns on the same cores, so one that waits must not spin. Tensors come and go with every message, so freed
+    memory stays with the process instead of being given back and faulted in again.
+    """
+    environment = {**os.environ, **PARTY_ENVIRONMENT}
     if config.session.threads is not None:
         environment["OMP_NUM_THREADS"] = str(config.session.threads)
     return environment

@@ -73,7 +73,8 @@ def prepare_output(config: Config, *, resume: bool, overwrite: bool) -> int | No
             raise ConfigError(f"the output directory {str(output)!r} is not empty", hint="pass --resume or --overwrite")
         if not (output / "config.json").is_file():
             raise ConfigError(
-                f"{str(output)!r} is not a run of Veiltune, so it will not be overwritten", hint="choose another output directory"
+                f"{str(output)!r} is not a run of Veiltune, so it will not be overwritten",
+                hint="choose another output directory",
             )
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -125,8 +126,11 @@ class Session:
             VeiltuneError: what made a party fail, in its own words.
         """
         begin = time.perf_counter()
-        start = start_processes if self.config.session.processes else start_threads
-        for running in start(self.config, self.job):
+        if self.config.session.processes:
+            started, _ = start_processes(self.config, self.job)
+        else:
+            started = start_threads(self.config, self.job)
+        for running in started:
             self._parties[running.role] = running
             threading.Thread(target=self._listen, args=(running,), daemon=True).start()
         try:
@@ -213,7 +217,12 @@ class Session:
 
 
 def run_session(
-    config: Config, job: Job, *, on_event: OnEvent = lambda _name, _fields: None, resume: bool = False, overwrite: bool = False
+    config: Config,
+    job: Job,
+    *,
+    on_event: OnEvent = lambda _name, _fields: None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> Outcome:
     """Prepare the output directory and run one session.
 

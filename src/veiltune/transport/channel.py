@@ -200,6 +200,10 @@ class Channel(ABC):
             yield
         except ConnectionError as error:
             raise self._lost() from error
+        except OSError as error:  # another thread closed this end while it was in use
+            if not self._closed:
+                raise
+            raise PeerLostError(f"the link to the {self.peer} was closed at this end") from error
 
 
 # --- the in-process wire ----------------------------------------------------------------------------------------------
