@@ -12,7 +12,8 @@ from torch import Tensor
 
 from veiltune.errors import ConfigError
 from veiltune.privacy import orthogonal
-from veiltune.privacy.orthogonal import KEY_KINDS, ButterflyKey, Key, error_bound, make_key, product_bound
+from veiltune.privacy.bounds import error_bound, product_bound
+from veiltune.privacy.orthogonal import KEY_KINDS, ButterflyKey, Key, make_key
 from veiltune.secrets import MasterSecret
 
 SECRET = MasterSecret.for_tests(7)

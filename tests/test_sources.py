@@ -24,7 +24,7 @@ from veiltune.models.checkpoint import Checkpoint, open_checkpoint
 from veiltune.models.memory import available_memory, check_memory, estimate_memory
 from veiltune.models.presets import random_config
 from veiltune.models.random_weights import byte_tokenizer, parameter_shapes
-from veiltune.models.sources import resolve_model
+from veiltune.models.sources import resolve_config, resolve_model
 
 FAMILIES = sorted(presets.FAMILIES)
 SMALL = "2,16,2,259"
@@ -408,6 +408,24 @@ def test_damaged_gguf_files_are_refused(content: bytes, says: str, tmp_path: Pat
     assert not list(tmp_path.glob("gguf/*/config.json"))
 
 
+def test_a_configuration_comes_without_the_weights(
+    gguf_file: Path, folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same configuration as the resolved model's, and nothing generated or converted for it."""
+    install(tmp_path / "site", "veil-model", "1.0", {"veil_model/tiny.gguf": gguf_file})
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    fresh = tmp_path / "fresh"
+    for source in (f"random:qwen2:{SMALL}", str(folder), str(gguf_file), "package:veil-model"):
+        alone = resolve_config(source, cache_dir=fresh)
+        assert not list(fresh.rglob("*.safetensors"))
+        whole = resolve_model(source, cache_dir=cache).config
+        for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+            assert getattr(alone, name) == getattr(whole, name), (source, name)
+        assert parameter_shapes(alone) == parameter_shapes(whole), source
+    with pytest.raises(ModelError, match="no local path"):
+        resolve_config("nobody/nothing", cache_dir=fresh)
+
+
 # ---- packages -------------------------------------------------------------------------------------------------------
 
 
@@ -646,5 +664,6 @@ def test_smollm2_answers_and_keeps_its_chat_template() -> None:
     tokenizer = checkpoint.load_tokenizer()
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    out = checkpoint.load_plain().generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0]
+    model: Any = checkpoint.load_plain()
+    out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0]
     assert "Paris" in tokenizer.decode(out[len(ids) :])

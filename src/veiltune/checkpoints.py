@@ -6,12 +6,9 @@ last two steps' files, so a crash while a new checkpoint is written leaves the c
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +18,6 @@ from veiltune.tee.sealing import SealingKey, seal_file, unseal_file
 
 KEPT = 2
 _STEP = re.compile(r"step-(\d{8})\.(safetensors|sealed)")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 class StateStore:

@@ -167,7 +167,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     )
                 yield where, row
         except csv.Error as error:
-            raise DataError(f"{path.name}:{reader.line_num + 1}: no valid CSV: {error}", hint="check the quotes") from None
+            where = f"{path.name}:{reader.line_num + 1}"
+            raise DataError(f"{where}: no valid CSV: {error}", hint="check the quotes") from None
         except UnicodeDecodeError:
             raise DataError(f"{path.name}:{reader.line_num + 1}: not UTF-8", hint="save the file as UTF-8") from None
 

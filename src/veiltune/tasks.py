@@ -81,7 +81,8 @@ def wilson_interval(value: float, n: int) -> tuple[float, float]:
     spread = _Z95 * _Z95 / n
     centre = (value + spread / 2) / (1 + spread)
     half = math.sqrt(value * (1 - value) * spread + spread * spread / 4) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # at 0 and 1 the bound is exact, and rounding must not push it past the value
+    return max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half))
 
 
 def evaluate(  # noqa: PLR0913 - keyword-only
@@ -262,10 +263,13 @@ def _load_harness_tasks(name: str, path: Path) -> list[Any]:
 
 def _run_harness(model: Any, tasks: list[Any], limit: int | None) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     # The harness would seed the process's generators: a training run's dropout must not change because it is evaluated.
+    # Left to itself it would also read its thirteen thousand own task files.
     result = simple_evaluate(
-        model=model, tasks=tasks, limit=limit, bootstrap_iters=0, log_samples=True,
+        model=model, tasks=tasks, task_manager=TaskManager(include_defaults=False), limit=limit, bootstrap_iters=0,
+        log_samples=True,
         random_seed=None, numpy_random_seed=None, torch_random_seed=None,
     )  # fmt: skip
     if result is None:  # only a launcher's other ranks get nothing

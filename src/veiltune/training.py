@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from veiltune.batching import Batch, batches
-from veiltune.checkpoints import write_json
 from veiltune.config import Config, TrainConfig
 from veiltune.errors import TrainingError
 from veiltune.examples import TokenizedExample
+from veiltune.results import write_json
 from veiltune.tuner import Tuner
 
 Report = Callable[[str, dict[str, Any]], None]

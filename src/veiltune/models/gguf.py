@@ -32,8 +32,6 @@ def convert_gguf(path: Path, *, cache_dir: Path | None = None, progress: Callabl
         ModelError: no GGUF file, an architecture `transformers` cannot convert, or too little memory or disk.
     """
     _require_magic(path)
-    root = cache_root(cache_dir)
-    key = cache_key(_FORMAT, file_sha256(path, root), version("transformers"), version("gguf"))
 
     def build(scratch: Path) -> None:
         num_bytes = 4 * _num_values(path)
@@ -43,7 +41,33 @@ def convert_gguf(path: Path, *, cache_dir: Path | None = None, progress: Callabl
             progress(f"converting {path.name} to safetensors (once)")
         _convert(path, scratch)
 
-    return build_once(root / "gguf" / key, build)
+    return build_once(_target(path, cache_dir), build)
+
+
+def gguf_config(path: Path, *, cache_dir: Path | None = None) -> Any:
+    """The `transformers` configuration of a GGUF file, from its header alone if it was not converted yet.
+
+    Raises:
+        ModelError: no GGUF file, or an architecture `transformers` cannot convert.
+    """
+    from transformers import AutoConfig
+
+    _require_magic(path)
+    done = _target(path, cache_dir)
+    try:
+        with quiet_transformers():
+            if done.is_dir():
+                return AutoConfig.from_pretrained(done, trust_remote_code=False, local_files_only=True)
+            options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+            return AutoConfig.from_pretrained(path.parent, **options)
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the header of {path.name} is no use: {first}", hint="fetch the file again") from None
+
+
+def _target(path: Path, cache_dir: Path | None) -> Path:
+    root = cache_root(cache_dir)
+    return root / "gguf" / cache_key(_FORMAT, file_sha256(path, root), version("transformers"), version("gguf"))
 
 
 def _require_magic(path: Path) -> None:

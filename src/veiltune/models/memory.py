@@ -59,17 +59,18 @@ def check_memory(
     lora_rank: int,
     *,
     available: int | None = None,
+    source: str | None = None,
 ) -> int:
     """:func:`estimate_memory`, refused if the machine cannot hold it; the estimate in bytes otherwise.
 
-    ``available`` replaces what the machine says (bytes).
+    ``available`` replaces what the machine says (bytes); ``source`` is what the user calls a bare configuration.
 
     Raises:
         ModelError: the estimate exceeds the memory available.
     """
     need = estimate_memory(model, dtype, batch, length, lora_rank)
-    source = model.source if isinstance(model, Checkpoint) else model.model_type
-    require_memory(need, f"model {source!r} with batch {batch} x {length} tokens", available=available)
+    name = source or (model.source if isinstance(model, Checkpoint) else model.model_type)
+    require_memory(need, f"model {name!r} with batch {batch} x {length} tokens", available=available)
     return need
 
 

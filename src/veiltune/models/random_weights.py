@@ -96,10 +96,10 @@ def draw_tensor(name: str, shape: tuple[int, ...], hidden: int) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
     noise = torch.randn(shape, generator=generator)
     if name.endswith(".bias"):
-        return noise * 0.05
+        return noise.mul_(0.05)
     if len(shape) == 1:
-        return 1.0 + 0.1 * noise.clamp(-3, 3)
-    return noise * max(0.02, 0.5 / math.sqrt(hidden))
+        return noise.clamp_(-3, 3).mul_(0.1).add_(1.0)
+    return noise.mul_(max(0.02, 0.5 / math.sqrt(hidden)))
 
 
 def byte_tokenizer() -> Any:

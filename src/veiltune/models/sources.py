@@ -13,15 +13,16 @@ a path to a ``.gguf`` file              converted once to safetensors
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from veiltune.errors import ModelError
 from veiltune.models.checkpoint import Checkpoint, open_checkpoint
-from veiltune.models.gguf import convert_gguf
+from veiltune.models.gguf import convert_gguf, gguf_config
 from veiltune.models.memory import available_memory, check_memory, estimate_memory
 from veiltune.models.packages import PackageFiles, fetch_package, find_package
 from veiltune.models.presets import random_config
@@ -35,6 +36,7 @@ __all__ = [
     "estimate_memory",
     "fetch_package",
     "random_config",
+    "resolve_config",
     "resolve_model",
 ]
 
@@ -82,6 +84,36 @@ def resolve_model(
     return open_checkpoint(source, directory, dtype=dtype, cache_dir=cache_dir)
 
 
+def resolve_config(source: str, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None) -> Any:
+    """The `transformers` configuration of a source, without its weights: nothing is generated or converted.
+
+    Args:
+        source: one of :data:`ACCEPTED_FORMS`.
+        cache_dir: root of Veiltune's cache.
+        progress: called with a line of text before anything slow.
+
+    Raises:
+        ModelError: the source has no known form, or what it names is absent, unreachable or damaged.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "random":
+        return random_config(rest)
+    if kind == "package":
+        requirement, _, inner = rest.partition("/")
+        package = find_package(requirement, cache_dir=cache_dir)
+        path = package.paths[_pick_model(package, inner)]
+        return gguf_config(path, cache_dir=cache_dir) if path.suffix == ".gguf" else _folder_config(source, path.parent)
+    if (path := Path(source).expanduser()).is_file() and path.suffix == ".gguf":
+        return gguf_config(path, cache_dir=cache_dir)
+    if not path.is_dir() and not source.endswith(".gguf") and not source.startswith(".") and _HUB_ID.fullmatch(source):
+        return _folder_config(source, _from_hub(source, progress, files=["config.json"]))
+    return resolve_model(source, cache_dir=cache_dir, progress=progress).config  # a folder, or an error
+
+
+def _folder_config(source: str, directory: Path) -> Any:
+    return Checkpoint(source=source, directory=directory).config
+
+
 def _from_file(path: Path, cache_dir: Path | None, progress: Callable[[str], None] | None) -> Path:
     if not path.is_file():
         raise ModelError(f"there is no file {str(path)!r}", hint=f"check the path, or give {ACCEPTED_FORMS}")
@@ -92,14 +124,14 @@ def _from_file(path: Path, cache_dir: Path | None, progress: Callable[[str], Non
     return convert_gguf(path, cache_dir=cache_dir, progress=progress)
 
 
-def _from_hub(source: str, progress: Callable[[str], None] | None) -> Path:
+def _from_hub(source: str, progress: Callable[[str], None] | None, *, files: Sequence[str] = tuple(_HUB_FILES)) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = source.partition("@")
     if progress:
         progress(f"looking for {repository} on the hub")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(

@@ -93,6 +93,11 @@ class HostTrunk:
     def ready(self) -> None:
         """Check that every parameter has come, and settle the precision."""
         require_complete(self.model)
+        for (
+            module
+        ) in self.model.modules():  # the zeros that stand for an output side's bias (`_move_output_terms_away`)
+            if isinstance(bias := module._buffers.get("bias"), Tensor) and isinstance(module.weight, Tensor):
+                module.register_buffer("bias", bias.to(module.weight.dtype), persistent=False)
         if self.rounded:
             round_between_operations(self.model)
 

@@ -5,6 +5,7 @@ Text is tokenised here and goes to the training engine as token ids; nobody else
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -42,6 +43,11 @@ class Owner:
         """Token for padding."""
         return int(self.tokenizer.pad_token_id)
 
+    @property
+    def longest(self) -> int:
+        """Tokens a sequence may have: the model's positions."""
+        return int(getattr(self.model_config, "max_position_embeddings", None) or sys.maxsize)
+
     def interrupted(self) -> bool:
         """Whether the supervisor asked to save and stop."""
         while not self._interrupted and self.party.control.poll():
@@ -52,11 +58,10 @@ class Owner:
         """Read, tokenise and check a data source."""
         data = self.party.config.data
         examples = load_examples(source, split=split, limit=data.limit, seed=self.party.config.seed)
-        longest = getattr(self.model_config, "max_position_embeddings", data.max_length)
-        if data.max_length > longest:
+        if data.max_length > self.longest:
             raise DataError(
-                f"data.max_length {data.max_length} exceeds the {longest} positions of this model",
-                hint=f"set data.max_length to at most {longest}",
+                f"data.max_length {data.max_length} exceeds the {self.longest} positions of this model",
+                hint=f"set data.max_length to at most {self.longest}",
             )
         return [tokenize(example, self.tokenizer, data.max_length, too_long=data.too_long) for example in examples]
 
@@ -83,12 +88,19 @@ class Owner:
         )
         if party.job.resume_step is not None:
             trainer.resume(_read_commit(Path(config.output)))
+        party.figures["data"] = {
+            "train_examples": len(examples),
+            "validation_examples": len(held_out),
+            "train_tokens": sum(len(example.input_ids) for example in examples),
+        }
         party.report("training", {"examples": len(examples), "total_steps": trainer.total})
         history = trainer.run()
         party.figures["history"] = asdict(history)
         if not history.interrupted:
             self._export()
             self._measure("after")
+            if party.job.prompt is not None:
+                self._answer()
 
     def evaluate(self) -> None:
         """Measure the model as it is, or as a checkpoint left it."""
@@ -98,13 +110,24 @@ class Owner:
 
     def generate(self) -> None:
         """Stream an answer to the prompt; its text goes to the supervisor, which is the owner's own."""
+        if self.party.job.resume_step is not None:
+            self.tuner.load(self.party.job.resume_step)
+        self._answer()
+
+    def _answer(self) -> None:
         job = self.party.job
-        if job.resume_step is not None:
-            self.tuner.load(job.resume_step)
         text = self._chat_prompt(job.prompt or "")
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.tokenizer.chat_template)[
             "input_ids"
         ]
+        wanted = ids.shape[1] + int(job.settings.get("max_new_tokens", 0))
+        if ids.shape[1] == 0 or wanted > self.longest:
+            raise DataError(
+                f"a prompt of {ids.shape[1]} tokens and its answer make {wanted}; the model takes 1 to {self.longest}",
+                hint="shorten the prompt or lower --max-new-tokens"
+                if ids.shape[1]
+                else "give a prompt that is not empty",
+            )
         settings = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.pad_id, **job.settings}
         tokens: list[int] = []
         shown = ""
@@ -182,6 +205,7 @@ class Owner:
         evaluate = self.party.config.evaluate
         if not evaluate.tasks:
             return
+        from veiltune.tasks import DEFAULT_MAX_LENGTH
         from veiltune.tasks import evaluate as evaluate_tasks
 
         self.party.report("measuring", {"when": when, "tasks": list(evaluate.tasks)})
@@ -190,6 +214,8 @@ class Owner:
             lambda pairs: self.tuner.score(pairs, pad_id=self.pad_id),
             self.tokenizer,
             limit=evaluate.limit,
+            max_length=min(DEFAULT_MAX_LENGTH, self.longest),
+            progress=lambda done, total: self.party.report("scored", {"done": done, "total": total}),
         )
         utility = {task: asdict(value) for task, value in measured.items()}
         self.party.figures.setdefault("utility", {})[when] = utility

@@ -13,7 +13,7 @@ from veiltune.errors import ModelError
 from veiltune.models.checkpoint import Checkpoint
 from veiltune.models.family import Family, find_family
 from veiltune.models.skeleton import DTYPES, empty_model
-from veiltune.models.sources import check_memory, resolve_model
+from veiltune.models.sources import check_memory, resolve_config, resolve_model
 from veiltune.parties.party import Party
 from veiltune.transport.messages import Acknowledged, Goodbye, ModelCard, TokenizerFiles, WeightShard
 
@@ -23,10 +23,13 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
     "chat_template.jinja",
 )
 _IGNORED = re.compile(r"\.(attn|self_attn)\.(bias|masked_bias|rotary_emb\.inv_freq)$|rotary_emb\.inv_freq$")
 """Buffers that older checkpoints store and models make for themselves."""
+_DROPOUT = re.compile(r"(dropout|_pdrop|layerdrop)$")
 
 
 def canonical_names(checkpoint: Checkpoint) -> dict[str, str]:
@@ -71,19 +74,23 @@ def provide(party: Party, trainer: str, *, attested: bool) -> None:
         ModelError: the source cannot be used, holds values that are not finite, or does not fit this machine's memory.
     """
     config = party.config
-    checkpoint = resolve_model(config.model, dtype=DTYPES[config.dtype] if party.job.native else None)
-    family = find_family(checkpoint.config)
-    if not party.job.native:
+    if not party.job.native:  # before anything large is fetched, generated or read
         check_memory(
-            checkpoint.config,
+            resolve_config(config.model),
             torch.float32,
             batch=config.train.batch_size,
             length=config.data.max_length,
             lora_rank=config.lora.rank,
+            source=config.model,
         )
+    checkpoint = resolve_model(config.model, dtype=DTYPES[config.dtype] if party.job.native else None)
+    family = find_family(checkpoint.config)
     if attested:
         party.require_enclave(trainer)
-    card = ModelCard(_public_config(checkpoint), checkpoint.fingerprint, checkpoint.num_parameters)
+    values = _public_config(checkpoint)
+    if party.job.verb == "probe":  # two designs draw different dropouts, so a comparison has none
+        values.update({name: 0.0 for name, value in values.items() if _DROPOUT.search(name) and value})
+    card = ModelCard(values, checkpoint.fingerprint, checkpoint.num_parameters)
     files = {
         name: torch.frombuffer(bytearray((checkpoint.directory / name).read_bytes()), dtype=torch.uint8)
         for name in TOKENIZER_FILES

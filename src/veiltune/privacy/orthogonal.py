@@ -11,7 +11,7 @@ after Mezzadri, "How to generate random matrices from the classical compact grou
 matrix), hence which rows are equal. Keys are static: d independent known pairs (x, x·R) recover any dense key
 exactly, and fewer a butterfly key. Gaussian and conditioned keys hide the Gram matrix and pay for it in accuracy.
 
-*Bound*: :func:`product_bound` and :func:`error_bound`.
+*Bound*: see `privacy.bounds`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Key(Secret, ABC):
         self._condition_number = 1.0
         self._parts: tuple[Tensor, ...] | None = None
         self._casts: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+        self._on_bfloat16_grid = False
 
     @property
     def condition_number(self) -> float:
@@ -139,8 +140,18 @@ class Key(Secret, ABC):
         if place not in self._casts:
             with torch.inference_mode(mode=False):
                 here = [part.to(like.device) for part in self._exact()]
-                self._casts[place] = tuple(part.to(like.dtype) if part.is_floating_point() else part for part in here)
+                self._casts[place] = tuple(self._rounded(part, like.dtype) for part in here)
         return self._casts[place]
+
+    def use_bfloat16_grid(self) -> None:
+        """Round what is applied to states as bfloat16 would, whatever dtype computes: for studies on a CPU."""
+        self._on_bfloat16_grid = True
+        self._casts.clear()
+
+    def _rounded(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        if not part.is_floating_point():
+            return part
+        return part.to(torch.bfloat16).to(dtype) if self._on_bfloat16_grid else part.to(dtype)
 
     def _describe(self) -> str:
         return f"Key {self.kind} dim={self.dim}"
@@ -310,41 +321,3 @@ def make_key(kind: str, dim: int, secret: MasterSecret, label: str, condition_nu
     if dim < 1:
         raise ConfigError(f"a key needs a dimension of at least 1, got {dim}", hint="pass the hidden states' width")
     return KEY_KINDS[kind](dim, secret, label, condition_number)
-
-
-def product_bound(dim: int, condition_number: float, eps: float) -> float:
-    """How far (X·R)·(R⁻¹·W) may be from X·W, as a share of the largest entry of X·W: √(5·d)/2 · κ · eps.
-
-    *Bound*: one rounding errs by at most u = eps/2 (eps is ``torch.finfo(dtype).eps``). Errors being independent with
-    mean zero, an inner product of length d errs by λ·√d·u relative to its factors' norms, except with probability
-    2·exp(-λ²/2) (Higham and Mary, SIAM J. Sci. Comput. 41 (2019), Theorem 3.1). At most five such stages occur: R with
-    its inverse, X·R, R⁻¹·W, their product, and the plain X·W; in quadrature, √5·√d·u. An error in X·R reaches the
-    result through R⁻¹, which grows it by at most ‖R‖·‖R⁻¹‖ = κ. Over N entries λ is about √(2·ln N), and so is the
-    ratio of the largest of N Gaussian-like entries to the typical one: relative to the largest the two cancel.
-    """
-    return math.sqrt(5 * dim) / 2 * condition_number * eps
-
-
-def error_bound(quantity: str, product: float, *, products: int, largest_logit: float = 1, loss: float = 1) -> float:
-    """A first-order bound on the relative error of a whole protected pass; it is some c·κ·eps, as ``product`` is.
-
-    Args:
-        quantity: ``logits`` (relative to the largest), ``loss``, or ``gradients`` (each to its largest entry).
-        product: β, the bound of one protected product: :func:`product_bound` at the widest and worst key.
-        products: P, how many stand one behind the other: four a block (attention in and out, MLP in and out).
-        largest_logit: the largest |logit| met.
-        loss: the plain loss.
-
-    *Bound*: a product disturbs the residual stream by at most β of its size, since a branch does not exceed the stream;
-    norms undo changes of scale; P independent disturbances add in quadrature: β·√P for the logits. Cross-entropy moves
-    by at most 2·max|Δlogit|. A gradient is a product of a state (off by β·√P) and a backward signal that meets the same
-    products again (β·√(2·P)) and starts at a softmax whose entries move by 2·|Δlogit| of themselves. The network's own
-    sensitivity is taken to be of order one: if it amplifies the rounding errors of its plain form, it does these.
-
-    Raises:
-        ConfigError: an unknown ``quantity``.
-    """
-    factors = {"logits": 1.0, "loss": 2 * largest_logit / loss, "gradients": 1 + math.sqrt(2) + 2 * largest_logit}
-    if quantity not in factors:
-        raise ConfigError(f"no error bound for {quantity!r}", hint=nearest(quantity, factors))
-    return factors[quantity] * math.sqrt(products) * product

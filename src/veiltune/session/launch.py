@@ -206,7 +206,7 @@ def _start_record(config: Config, job: Job, role: str, wires: list[dict[str, Any
 def _spawn(config: Config, start: dict[str, Any]) -> subprocess.Popen[bytes]:
     fds = [fd for wire in start["wires"] for fd in wire["fds"]]
     with (Path(config.output) / "log" / f"{start['role']}.log").open("ab") as log:
-        process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        process = subprocess.Popen(
             [sys.executable, "-m", "veiltune.session.worker"],
             stdin=subprocess.PIPE,
             stdout=log,

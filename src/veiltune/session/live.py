@@ -37,7 +37,9 @@ def live_owner(config: Config, *, overwrite: bool = False) -> Generator[Owner]:
         owner.leave()
     except PeerLostError as error:
         deaths = [f"the {running.role} {how}" for running in started if (how := running.how_it_died())]
-        raise PeerLostError(deaths[0] if deaths else error.message, hint="its log is in the output's log directory") from None
+        raise PeerLostError(
+            deaths[0] if deaths else error.message, hint="its log is in the output's log directory"
+        ) from None
     finally:
         for link in party.links.values():
             link.close()

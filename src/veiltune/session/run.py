@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veiltune.checkpoints import write_json
 from veiltune.config import Config
 from veiltune.errors import CheckpointError, ConfigError, PeerLostError, ProtocolError, VeiltuneError
 from veiltune.parties.party import Job
+from veiltune.results import write_json
 from veiltune.session.launch import Running, start_processes, start_threads
 from veiltune.training import COMMIT
 from veiltune.transport.messages import Interrupt, Message, PartyDone, PartyFailed, Progress

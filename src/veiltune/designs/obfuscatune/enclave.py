@@ -122,6 +122,8 @@ class Enclave:
         self.model.requires_grad_(requires_grad=False)
         if self.rounded:
             round_between_operations(self.model)
+            for key in self.keys.values():
+                key.use_bfloat16_grid()
 
     def _divide(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Masked tensors for the host; the others are put in their place here."""
@@ -192,14 +194,14 @@ class _TrainingClock:
         self._meter = party.meter
         self._client = client
         self.seconds = self.wait_seconds = 0.0
-        self.crossings = self.steps = 0
+        self.crossings = self.num_bytes = self.steps = 0
+        self._report = party.report
 
-    def _reading(self) -> tuple[float, float, int]:
+    def _reading(self) -> tuple[float, float, int, int]:
         traffic = self._meter.snapshot()
-        crossed = sum(
-            counts["messages"] for pair, kinds in traffic.items() if "host" in pair for counts in kinds.values()
-        )
-        return time.perf_counter(), self._client.wait_seconds, crossed
+        crossed = [counts for pair, kinds in traffic.items() if "host" in pair for counts in kinds.values()]
+        messages, num_bytes = (sum(counts[unit] for counts in crossed) for unit in ("messages", "bytes"))
+        return time.perf_counter(), self._client.wait_seconds, messages, num_bytes
 
     def timed(self, engine: Engine, request: Message) -> Message:
         """Have the engine answer, and add up what that took if it was part of a training step."""
@@ -210,7 +212,10 @@ class _TrainingClock:
             self.seconds += now[0] - before[0]
             self.wait_seconds += now[1] - before[1]
             self.crossings += now[2] - before[2]
-            self.steps += isinstance(request, OptimizerStep)
+            self.num_bytes += now[3] - before[3]
+        if isinstance(request, OptimizerStep):
+            self.steps += 1
+            self._report("border", {"bytes": self.num_bytes, "messages": self.crossings})
         return answer
 
     def figures(self) -> dict[str, Any]:
@@ -219,6 +224,7 @@ class _TrainingClock:
             "engine_seconds": self.seconds,
             "wait_seconds": self.wait_seconds,
             "crossings_per_step": self.crossings / max(1, self.steps),
+            "border_bytes_per_step": self.num_bytes / max(1, self.steps),
         }
 
 

@@ -1,0 +1,261 @@
+"""What several test modules share: tiny models, configurations, and whole sessions run in this process."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from veiltune.config import Config, load_config
+from veiltune.designs import DESIGNS
+from veiltune.models.presets import random_config
+from veiltune.models.random_weights import byte_tokenizer, write_random_weights
+from veiltune.parties.party import Job
+from veiltune.privacy.orthogonal import DenseKey, Key
+from veiltune.secrets import MasterSecret
+from veiltune.session import Outcome, Session, run_session
+from veiltune.transport.messages import Message
+from veiltune.transport.transcript import Record, read_transcript
+
+OPTIONS = {name: design.options for name, design in DESIGNS.items()}
+SMALL = "2,32,4,259"
+"""Layers, hidden width, heads, vocabulary of the tiny models."""
+
+Variant = Callable[[Any], None]
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def _with(**values: Any) -> Variant:
+    def change(config: Any) -> None:
+        for name, value in values.items():
+            setattr(config, name, value)
+
+    return change
+
+
+MODELS: dict[str, tuple[str, Variant]] = {
+    "gpt2": ("gpt2", _with()),
+    "gpt2-untied": ("gpt2", _with(tie_word_embeddings=False)),
+    "opt": ("opt", _with()),
+    "opt-untied-bare": ("opt", _with(tie_word_embeddings=False, enable_bias=False)),
+    "llama": ("llama", _with()),
+    "llama-tied-biased": ("llama", _with(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "mistral": ("mistral", _with()),
+    "mistral-window": ("mistral", _with(sliding_window=6)),
+    "qwen2": ("qwen2", _with()),
+    "qwen2-untied": ("qwen2", _with(tie_word_embeddings=False)),
+    "qwen3": ("qwen3", _with()),
+}
+"""By name: a family of random models, and what is changed in its configuration.
+
+As made, GPT-2 and OPT are tied and have biases everywhere, Llama and Mistral are neither tied nor have biases, Qwen2 is tied with
+biases on Q, K and V, and Qwen3 is tied with QK-norm and heads wider than the hidden state.
+"""
+
+FAMILY_NAMES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
+
+
+@cache
+def scratch() -> Path:
+    """A directory for models and the package's cache, shared by the whole run and removed at its end."""
+    directory = Path(tempfile.mkdtemp(prefix="veiltune-tests-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def own_cache() -> AbstractContextManager[Any]:
+    """Keep what the package caches out of the user's home."""
+    return mock.patch.dict(os.environ, {"VEILTUNE_CACHE": str(scratch() / "cache")})
+
+
+@cache
+def model_directory(name: str) -> str:
+    """The folder of a tiny random model of `MODELS`."""
+    family, change = MODELS[name]
+    config = random_config(f"random:{family}:{SMALL}")
+    change(config)
+    directory = scratch() / name
+    directory.mkdir()
+    write_random_weights(config, directory, torch.float32)
+    byte_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def plain_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The same model as `transformers` loads it, without anything of ours."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_directory(name), dtype=dtype, attn_implementation="sdpa")
+    return model.eval()
+
+
+# --- configurations and sessions --------------------------------------------------------------------------------------
+
+
+def make_config(design: str, model: str, output: Path, **tables: Any) -> Config:
+    """A configuration for tests: threads, the simulated enclave allowed, tables merged over small defaults."""
+    values: dict[str, Any] = {
+        "design": design,
+        "model": model_directory(model) if model in MODELS else model,
+        "output": str(output),
+        "device": "cpu",
+        "data": {"max_length": 64},
+        "lora": {"rank": 4, "init_seed": 1},
+        "train": {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 4},
+        "enclave": {"allow_simulated": True},
+        "session": {"processes": False},
+    }
+    for name, value in tables.items():
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, Mapping) else value
+    return load_config(values, options=OPTIONS)
+
+
+def run(config: Config, job: Job | str, **arguments: Any) -> Outcome:
+    """Run one session; a string is a job's verb."""
+    with own_cache():
+        return run_session(config, Job(verb=job) if isinstance(job, str) else job, **arguments)  # pyrefly: ignore
+
+
+def run_with(config: Config, job: Job, on_event: Callable[[Session, str, dict[str, Any]], None]) -> Outcome:
+    """Run one session whose observer is handed the session too."""
+    from veiltune.session.run import prepare_output
+
+    with own_cache():
+        prepare_output(config, resume=False, overwrite=False)
+        session = Session(config, job, lambda name, fields: on_event(session, name, fields))
+        return session.run()
+
+
+def token_ids(batch: int, length: int, *, seed: int = 0, below: int = 256) -> list[list[int]]:
+    """Pseudo-random token ids."""
+    draw = random.Random(seed)
+    return [[draw.randrange(below) for _ in range(length)] for _ in range(batch)]
+
+
+PROBE_IDS = token_ids(2, 12)
+PROBE_STEPS = 3
+
+
+def run_probe(design: str, model: str, output: Path, *, generate: int = 0, **tables: Any) -> dict[str, Tensor]:
+    """Logits, losses and gradients over a few SGD steps, the adapter, and greedy tokens, under one design."""
+    config = make_config(design, model, output, **tables)
+    job = Job(verb="probe", probe={"input_ids": PROBE_IDS, "steps": PROBE_STEPS, "generate": generate})
+    run(config, job)
+    return load_file(output / "parties" / "owner" / "probe.safetensors")
+
+
+@cache
+def local_probe(model: str, dtype: str, generate: int = 0) -> dict[str, Tensor]:
+    """What `local` gives for `run_probe`'s defaults: the yardstick of many tests, computed once."""
+    output = scratch() / f"local-{model}-{dtype}-{generate}"
+    return run_probe("local", model, output, generate=generate, dtype=dtype)
+
+
+def tuned(config: Config, **arguments: Any) -> dict[str, Any]:
+    """Run ``tune`` and return the owner's history."""
+    return run(config, "tune", **arguments).owner["history"]
+
+
+def exported_adapter(output: Path) -> dict[str, Tensor]:
+    """The adapter a run left, by PEFT's names."""
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def peft_model(name: str, output: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The plain model with the adapter that a run exported, put together by PEFT alone."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(plain_model(name, dtype), str(output / "adapter")).eval()
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+_COLOURS = ("red", "green", "blue", "white", "black")
+_THINGS = ("cat", "dog", "bird", "fish", "horse", "mouse")
+
+
+def write_examples(path: Path, count: int = 24, *, seed: int = 0) -> Path:
+    """A learnable task: the answer names the colour that the sentence gives the animal. One JSON object a line."""
+    draw = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            colour, thing = draw.choice(_COLOURS), draw.choice(_THINGS)
+            row = {"prompt": f"The {thing} is {colour}. What colour is it?", "completion": f" {colour}"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def texts_of(path: Path) -> list[str]:
+    """Every text of a file of `write_examples`."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row["prompt"] for row in rows]
+
+
+# --- keys and transcripts ---------------------------------------------------------------------------------------------
+
+
+class IdentityKey(DenseKey):
+    """A key that hides nothing: the control of every test of secrecy."""
+
+    kind = "identity"
+
+    def _draw(self) -> tuple[Tensor, ...]:
+        return (torch.eye(self.dim, dtype=torch.float64),)
+
+
+def identity_key(_kind: str, dim: int, secret: MasterSecret, label: str, _condition: float | None = None) -> Key:
+    """Stands in for `make_key`."""
+    return IdentityKey(dim, secret, label)
+
+
+def remove_keys(monkeypatch: Any) -> None:
+    """From here on the enclave of `obfuscatune` masks by the identity."""
+    from veiltune.designs.obfuscatune import enclave
+
+    monkeypatch.setattr(enclave, "make_key", identity_key)
+
+
+def transcripts(output: Path, observer: str) -> list[tuple[Record, Message]]:
+    """Everything an observer saw in the runs of this output directory, in order."""
+    paths = sorted((output / "transcript").glob(f"{observer}*.vtt"), key=lambda path: (len(path.name), path.name))
+    return [entry for path in paths for entry in read_transcript(path)]
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest expected value (0 where both are zero)."""
+    assert actual.shape == expected.shape
+    difference = float((actual.double() - expected.double()).abs().max())
+    largest = float(expected.double().abs().max())
+    return 0.0 if difference == 0.0 else difference / largest if largest else float("inf")
+
+
+def worst(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str) -> float:
+    """The largest `relative_error` over the tensors whose names begin with ``prefix``."""
+    names = [name for name in expected if name.startswith(prefix)]
+    assert names
+    assert names == [name for name in actual if name.startswith(prefix)]
+    return max(relative_error(actual[name], expected[name]) for name in names)
+
+
+def close_sequences(actual: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest relative difference of two sequences of equal length."""
+    assert len(actual) == len(expected)
+    return max(abs(a - b) / abs(b) for a, b in zip(actual, expected, strict=True))
