@@ -29,7 +29,7 @@ def _rows(task: str, design: str, setting: str, utility: dict[str, Any], steps: 
     return [{**row, **{f"other_{name}": value for name, value in found["others"].items()}} for row in rows]
 
 
-def measure(quick: bool) -> list[Row]:  # noqa: FBT001 - the interface of a benchmark
+def measure(quick: bool) -> list[Row]:
     """One tuning a design and task; zero-shot is measured before the first step of `local`."""
     steps, limit = (4, 16) if quick else (60, 200)
     rows: list[Row] = []

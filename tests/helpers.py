@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
@@ -234,6 +235,64 @@ def transcripts(output: Path, observer: str) -> list[tuple[Record, Message]]:
     """Everything an observer saw in the runs of this output directory, in order."""
     paths = sorted((output / "transcript").glob(f"{observer}*.vtt"), key=lambda path: (len(path.name), path.name))
     return [entry for path in paths for entry in read_transcript(path)]
+
+
+def tensors_of(message: Message) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a message, with the name of its field (and its own name, where it has one)."""
+    for field in dataclasses.fields(message):
+        value = getattr(message, field.name)
+        if isinstance(value, Tensor):
+            yield field.name, value
+        elif isinstance(value, tuple):
+            yield from ((f"{field.name}[{i}]", item) for i, item in enumerate(value) if isinstance(item, Tensor))
+        elif isinstance(value, Mapping):
+            yield from ((f"{field.name}[{n}]", item) for n, item in value.items() if isinstance(item, Tensor))
+
+
+OUTPUT_SIDE = ("c_proj", "out_proj", "o_proj", "down_proj", "fc2")
+
+
+def plain_states(model: Any, ids: Tensor, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Every state of the residual stream's width that a plain model makes of these tokens, by hooks that know nothing of cuts.
+
+    Names begin with what they are: ``embedding``, ``residual`` (before and after each block), ``normed``, ``branch`` (what is
+    added to the stream), and with ``gradients`` also ``gradient`` of each of these under a loss on every token.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: Any, inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            found[name] = value
+            if name.startswith("residual") and inputs:
+                found[f"{name}:in"] = inputs[0]
+            for state in (value, *inputs[:1]):
+                if gradients and state.requires_grad:
+                    state.retain_grad()
+
+        return hook
+
+    handles: list[Any] = []
+    for path, module in model.named_modules():
+        leaf = path.rpartition(".")[2]
+        if isinstance(module, torch.nn.Embedding):
+            handles.append(module.register_forward_hook(keep(f"embedding:{path}")))
+        elif leaf.isdigit():
+            handles.append(module.register_forward_hook(keep(f"residual:{path}")))
+        elif "Norm" in type(module).__name__ and leaf not in {"q_norm", "k_norm"}:
+            handles.append(module.register_forward_hook(keep(f"normed:{path}")))
+        elif leaf in OUTPUT_SIDE:
+            handles.append(module.register_forward_hook(keep(f"branch:{path}")))
+    model.requires_grad_(gradients)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.backward() if gradients else (
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    )
+    for handle in handles:
+        handle.remove()
+    states = {name: value.detach().flatten(0, -2) for name, value in found.items()}
+    if gradients:
+        states |= {f"gradient:{n}": v.grad.flatten(0, -2) for n, v in found.items() if v.grad is not None}
+    return states
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------

@@ -17,9 +17,12 @@ from helpers import (
     local_probe,
     make_config,
     plain_model,
+    plain_states,
     relative_error,
+    remove_keys,
     run,
     run_probe,
+    transcripts,
     worst,
 )
 from torch import Tensor
@@ -28,10 +31,12 @@ from torch.nn import functional
 from veiltune.config import LoraConfig
 from veiltune.designs import DESIGNS
 from veiltune.models.adapters import initial_factors
+from veiltune.models.family import find_family
 from veiltune.parties.party import Job
 from veiltune.privacy.bounds import error_bound, product_bound
 from veiltune.privacy.orthogonal import make_key
 from veiltune.secrets import MasterSecret
+from veiltune.transport.messages import SegmentForward
 
 PLACEMENTS = ("compact", "paper")
 LIMITS = {
@@ -121,7 +126,7 @@ def twin_probe(model: str, dtype: torch.dtype) -> dict[str, Tensor]:
         logits = wrapped(input_ids=ids).logits[:, :-1]
         loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients = {name: value.grad.clone() for name, value in factors.items()}
         optimizer.step()
     with torch.no_grad():
@@ -250,3 +255,38 @@ def test_under_bfloat16_the_orthogonal_key_serves_and_the_gaussian_does_not(tmp_
     assert 2**-12 < error["plain"] < 0.1, "bfloat16 was not imitated, or it was not bfloat16"
     assert error["orthogonal"] < 3 * error["plain"]
     assert error["gaussian"] > 5 * error["orthogonal"]
+
+
+# --- with the keys off, the host's inputs are the plain model's -------------------------------------------------------
+
+
+def seen_by_host(model: str, placement: str, output: Path) -> list[Tensor]:
+    """Masked states of one forward pass without gradients: what entered each input-side operation."""
+    options = {"session": {"record": ["host"]}, "obfuscatune": {"placement": placement}}
+    run_probe("obfuscatune", model, output, **options)
+    family = find_family(plain_model(model).config)
+    operations = family.operations(2, placement)
+    forwards = [message for _, message in transcripts(output, "host") if isinstance(message, SegmentForward)]
+    first_pass = forwards[: len(operations)]
+    assert [message.segment for message in first_pass] == list(range(len(operations)))
+    return [m.hidden.flatten(0, -2) for m, o in zip(first_pass, operations, strict=True) if o.part != "output"]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("model", ["gpt2", "opt", "qwen3"])
+def test_masked_states_are_the_plain_ones_if_and_only_if_the_key_is_the_identity(
+    model: str, placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = plain_states(plain_model(model), torch.tensor(PROBE_IDS))
+    blocks = [name for name in states if name.startswith("normed:") and any(part.isdigit() for part in name.split("."))]
+    normed = [states[name] for name in blocks]  # in the order they ran: attention and MLP of each block
+    assert len(normed) == 4
+    masked = seen_by_host(model, placement, tmp_path / "masked")
+    with monkeypatch.context() as patch:
+        remove_keys(patch)
+        bare = seen_by_host(model, placement, tmp_path / "bare")
+    for plain, hidden, shown in zip(normed, masked, bare, strict=True):
+        assert relative_error(shown, plain) < 1e-5
+        assert relative_error(hidden, plain) > 0.1
+        # a rotation keeps the Gram matrix; that is stated in `reveals`, and shows that these are the same states
+        assert relative_error(hidden @ hidden.T, plain @ plain.T) < 1e-4

@@ -300,9 +300,7 @@ def limits(
     checks: list[Check] = []
     for quantity in QUANTITIES:
         name = "gradients" if quantity == "adapter" else quantity
-        derived = error_bound(
-            name, product, products=4 * model.num_hidden_layers, largest_logit=largest, loss=loss
-        )
+        derived = error_bound(name, product, products=4 * model.num_hidden_layers, largest_logit=largest, loss=loss)
         ceiling = kappa * ceilings[quantity] if quantity in ceilings else None
         checks.append(Check(quantity, errors[quantity], derived, ceiling))
     return tuple(checks)

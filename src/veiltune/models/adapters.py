@@ -74,7 +74,7 @@ def inject_adapters(model: nn.Module, lora: LoraConfig, family: Family, num_laye
     """Wrap the adapted linears of ``model`` in PEFT's LoRA layers, factors still on the meta device."""
     import peft
 
-    peft.inject_adapter_in_model(peft_config(lora, family, num_layers), model, ADAPTER, low_cpu_mem_usage=True)  # pyrefly: ignore[bad-argument-type]
+    peft.inject_adapter_in_model(peft_config(lora, family, num_layers), model, ADAPTER, low_cpu_mem_usage=True)
 
 
 def initial_factors(shapes: Mapping[str, tuple[int, int]], lora: LoraConfig, dtype: torch.dtype) -> dict[str, Tensor]:

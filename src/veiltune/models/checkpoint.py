@@ -140,35 +140,8 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer of the folder; it always has an end and a padding token.
-
-        Raises:
-            ModelError: there is none, or it has no end-of-sequence token.
-        """
-        from transformers import AutoTokenizer
-
-        if not any((self.directory / name).is_file() for name in _TOKENIZER_FILES):
-            # transformers would build an empty tokenizer from the configuration's class and say nothing
-            raise ModelError(
-                f"{self.source!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}",
-                hint="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
-            )
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                self.directory, trust_remote_code=False, local_files_only=True
-            )
-        except (ValueError, KeyError, OSError, TypeError) as error:
-            raise ModelError(
-                f"the tokenizer of {self.source!r} cannot be loaded: {_first_line(error)}", hint="fetch the model again"
-            ) from None
-        if tokenizer.eos_token_id is None:
-            raise ModelError(
-                f"the tokenizer of {self.source!r} has no end-of-sequence token",
-                hint="set eos_token in tokenizer_config.json",
-            )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        """The tokenizer of the folder, see `load_tokenizer`."""
+        return load_tokenizer(self.directory, self.source)
 
     def load_plain(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory, in ``dtype`` (else :attr:`dtype`, else float32), with torch's attention kernel.
@@ -200,6 +173,36 @@ class Checkpoint:
                 f"{self.source!r} lacks the tensor {missing[0]!r}", hint="the checkpoint is incomplete; fetch it again"
             )
         return model.eval()
+
+
+def load_tokenizer(directory: Path, source: str) -> Any:
+    """The tokenizer of a model folder; it always has an end and a padding token. ``source`` is what errors call it.
+
+    Raises:
+        ModelError: there is none, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would build an empty tokenizer from the configuration's class and say nothing
+        raise ModelError(
+            f"{source!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}",
+            hint="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
+        )
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise ModelError(
+            f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}", hint="fetch the model again"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {source!r} has no end-of-sequence token",
+            hint="set eos_token in tokenizer_config.json",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def open_checkpoint(

@@ -15,7 +15,7 @@ def to_bfloat16_grid(x: Tensor) -> Tensor:
 
 class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         return to_bfloat16_grid(x)
 
     @staticmethod

@@ -125,7 +125,9 @@ class _RemoteOperation(torch.autograd.Function):
     """One operation of the host as a node of the enclave's graph. ``anchor`` makes the node differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, anchor: Tensor, call: RemoteCall) -> tuple[Tensor, ...]:
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, hidden: Tensor, anchor: Tensor, call: RemoteCall
+    ) -> tuple[Tensor, ...]:
         ctx.client, ctx.device = call.client, hidden.device
         ctx.ticket, outputs = call.client.forward(call, hidden, input_gradient=ctx.needs_input_grad[0])
         return tuple(output.to(hidden.device) for output in outputs)

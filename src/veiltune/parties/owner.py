@@ -19,6 +19,7 @@ from veiltune.data import load_examples
 from veiltune.errors import CheckpointError, DataError, PeerLostError
 from veiltune.examples import TokenizedExample, tokenize
 from veiltune.models.adapters import save_adapter
+from veiltune.models.checkpoint import load_tokenizer
 from veiltune.models.family import Family, find_family
 from veiltune.models.skeleton import config_from_json
 from veiltune.parties.party import Party
@@ -239,7 +240,7 @@ def join(party: Party, trainer: str, *, attested: bool) -> Owner:
     files = party.links["provider"].recv_as(TokenizerFiles).files
     party.figures["model"] = {"fingerprint": card.fingerprint, "num_parameters": card.num_parameters}
     tuner = RemoteTuner(party.links[trainer])
-    return Owner(party, tuner, _load_tokenizer(files), config_from_json(card.config))
+    return Owner(party, tuner, _load_tokenizer(files, party.config.model), config_from_json(card.config))
 
 
 def own(party: Party, trainer: str, *, attested: bool) -> None:
@@ -253,16 +254,11 @@ def own(party: Party, trainer: str, *, attested: bool) -> None:
     owner.leave()
 
 
-def _load_tokenizer(files: dict[str, Tensor]) -> Any:
-    from transformers import AutoTokenizer
-
+def _load_tokenizer(files: dict[str, Tensor], source: str) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         for name, content in files.items():
             (Path(directory) / Path(name).name).write_bytes(content.numpy().tobytes())
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        return load_tokenizer(Path(directory), source)
 
 
 def _read_commit(output: Path) -> dict[str, Any]:

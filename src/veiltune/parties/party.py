@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from veiltune.config import Config, Section
 from veiltune.tee.enclave import SimulatedEnclave, check_evidence
@@ -41,8 +41,8 @@ class Job(Section):
     native: bool = False
     resume_step: int | None = None
     prompt: str | None = None
-    settings: dict[str, Any] = {}
-    probe: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
+    probe: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from veiltune.transport.channel import Channel
 
 @contextmanager
 def live_owner(config: Config, *, overwrite: bool = False) -> Generator[Owner]:
-    """Start the other parties as processes and be the owner: ``with live_owner(config) as owner: owner.tuner.step(…)``.
+    """Start the other parties as processes and be the owner: a context manager that yields the owner.
 
     Raises:
         PeerLostError: a party ended; its log in ``OUT/log`` says why.

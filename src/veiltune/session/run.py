@@ -27,7 +27,7 @@ SETTLE_SECONDS = 3.0
 """After a first failure, how long to wait for the one that caused it."""
 
 
-class PartyFailure(VeiltuneError):
+class PartyFailure(VeiltuneError):  # noqa: N818 - what happened
     """A party ended badly: its own message, its hint and its exit code."""
 
     def __init__(self, role: str, failed: PartyFailed) -> None:
@@ -37,7 +37,7 @@ class PartyFailure(VeiltuneError):
         self.kind = failed.error
 
 
-class PartyDied(VeiltuneError):
+class PartyDied(VeiltuneError):  # noqa: N818 - what happened
     """A party's process ended without a word."""
 
     exit_code = 4

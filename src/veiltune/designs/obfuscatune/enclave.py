@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from veiltune.checkpoints import StateStore
 from veiltune.config import Config
 from veiltune.designs.obfuscatune.backend import ObfuscatedBackend
+from veiltune.designs.obfuscatune.options import ObfuscaTuneOptions
 from veiltune.engine import Engine
 from veiltune.models.adapters import Keys, adapted_linears, initial_factors
 from veiltune.models.family import Family, Linear, find_family
@@ -51,7 +52,9 @@ class Enclave:
         self.party = party
         self.card = card
         self.config: Config = party.config
-        self.options: Any = party.options
+        if not isinstance(party.options, ObfuscaTuneOptions):
+            raise TypeError(f"options of {party.config.design}, not of obfuscatune")
+        self.options = party.options
         self.device = resolve_device(self.config.device)
         self.dtype, self.rounded = compute_dtype(self.config.dtype, self.device)
         if party.job.native:

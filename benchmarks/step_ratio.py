@@ -1,0 +1,110 @@
+"""Seconds of a training step under protection, as a ratio to the plain PEFT step, alternating in one run.
+
+The plain step is `transformers` and `peft` alone, in this process: forward with labels on every token, backward, AdamW. The
+protected step is the same work over four processes. LoRA rank 16 on every linear, batch 4 x 128, float32, random token ids.
+Idle processes wait passively; the plain step runs with the threading defaults a user would have.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._record import Row, alternate, ratios, run, summary
+from benchmarks._runs import SMOLLM2, config_for, live
+from veiltune.models.adapters import peft_config
+from veiltune.models.family import find_family
+from veiltune.models.sources import resolve_model
+from veiltune.parties.owner import Owner
+
+BATCH, LENGTH, RANK = 4, 128, 16
+LORA = {"rank": RANK, "alpha": 32}
+SETTINGS: dict[str, dict[str, str]] = {
+    "compact": {"placement": "compact", "optimizer_at": "enclave"},
+    "compact, optimiser on the host": {"placement": "compact", "optimizer_at": "host"},
+    "compact, butterfly keys": {"placement": "compact", "optimizer_at": "enclave", "matrix": "butterfly"},
+    "paper": {"placement": "paper", "optimizer_at": "enclave"},
+}
+
+
+def plain_step(model_source: str, ids: Tensor) -> Callable[[], None]:
+    """The step a user of PEFT would run."""
+    import peft
+
+    checkpoint = resolve_model(model_source)
+    config = config_for("local", model_source, Path("unused"), lora=LORA)
+    family = find_family(checkpoint.config)
+    base: Any = checkpoint.load_plain(torch.float32)
+    model: Any = peft.get_peft_model(base, peft_config(config.lora, family, checkpoint.config.num_hidden_layers))
+    model.train()
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def protected_step(owner: Owner, ids: Tensor) -> Callable[[], None]:
+    """The same step through the parties."""
+    targets = ids.shape[0] * (ids.shape[1] - 1)
+
+    def step() -> None:
+        owner.tuner.accumulate(ids, torch.ones_like(ids), ids, targets)
+        owner.tuner.step(1e-4)
+
+    return step
+
+
+def _measure_model(model: str, name: str, rounds: int, settings: dict[str, dict[str, str]]) -> list[Row]:
+    vocabulary = resolve_model(model).config.vocab_size
+    ids = torch.randint(0, vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    rows: list[Row] = []
+    plain = plain_step(model, ids)
+    for setting, options in settings.items():
+        tables = {"data": {"max_length": LENGTH}, "train": {"batch_size": BATCH}, "obfuscatune": options}
+        with live("obfuscatune", model, lora=LORA, **tables) as owner:
+            step = protected_step(owner, ids)
+            times = alternate({"plain": plain, setting: step}, rounds, warmup=2)
+            figures = owner.tuner.figures()
+        rows.append(
+            {
+                "design": "obfuscatune",
+                "setting": setting,
+                "placement": options["placement"],
+                "optimizer_at": options["optimizer_at"],
+                "matrix": options.get("matrix", "orthogonal"),
+                "model": name,
+                "batch": BATCH,
+                "length": LENGTH,
+                "ratio": ratios(times, "plain")[setting],
+                "plain_seconds": summary(times["plain"]),
+                "seconds": summary(times[setting]),
+                "crossings_per_step": figures["crossings_per_step"],
+                "border_bytes_per_step": figures["border_bytes_per_step"],
+                "enclave_seconds_share": 1 - figures["wait_seconds"] / figures["engine_seconds"],
+                "measured_at": time.strftime("%Y-%m-%d"),
+            }
+        )
+    return rows
+
+
+def measure(quick: bool) -> list[Row]:
+    """Both models, both placements."""
+    if quick:
+        return _measure_model("random:gpt2", "random GPT-2, tiny", 2, {"compact": SETTINGS["compact"]})
+    rounds = 12
+    rows = _measure_model(SMOLLM2, "SmolLM2-135M-Instruct", rounds, SETTINGS)
+    both = {name: SETTINGS[name] for name in ("compact", "paper")}
+    return rows + _measure_model("random:gpt2-small", "random GPT-2 small", rounds, both)
+
+
+if __name__ == "__main__":
+    run("step_ratio", __doc__, measure)
