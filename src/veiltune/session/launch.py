@@ -24,7 +24,7 @@ from veiltune.transport.transcript import Meter, Transcript
 
 CONTROL = "supervisor"
 PARTY_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "20000",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
@@ -229,7 +229,7 @@ def party_environment(config: Config) -> dict[str, str]:
     Parties take turns on the same cores, so one that waits must not spin. Tensors come and go with every message, so freed
     memory stays with the process instead of being given back and faulted in again.
     """
-    environment = {**os.environ, **PARTY_ENVIRONMENT}
+    environment = {**PARTY_ENVIRONMENT, **os.environ}  # what the user sets wins
     if config.session.threads is not None:
         environment["OMP_NUM_THREADS"] = str(config.session.threads)
     return environment
