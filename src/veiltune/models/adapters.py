@@ -85,6 +85,8 @@ def initial_factors(shapes: Mapping[str, tuple[int, int]], lora: LoraConfig, dty
 
     Args:
         shapes: (in, out) of each adapted linear, by path.
+        lora: rank and seed.
+        dtype: of the factors.
     """
     secret = MasterSecret.generate() if lora.init_seed is None else MasterSecret.for_tests(lora.init_seed)
     factors: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+SHARD_BYTES = 32 << 20
 _IGNORED = re.compile(r"\.(attn|self_attn)\.(bias|masked_bias|rotary_emb\.inv_freq)$|rotary_emb\.inv_freq$")
 """Buffers that older checkpoints store and models make for themselves."""
 _DROPOUT = re.compile(r"(dropout|_pdrop|layerdrop)$")
@@ -57,14 +58,29 @@ def canonical_names(checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
-def shards(names: Mapping[str, str], family: Family, num_layers: int) -> Iterator[list[str]]:
-    """Parameter names in the order they are sent: what stands outside the blocks, then block by block."""
-    groups: list[list[str]] = [[] for _ in range(num_layers + 1)]
+def shards(checkpoint: Checkpoint, family: Family) -> Iterator[tuple[int, dict[str, str]]]:
+    """What is sent together, ``(block, {name: stored name})``: tensors up to `SHARD_BYTES`, or one larger tensor.
+
+    What stands outside the blocks comes first, as block 0; then block by block, weights that share a key side by side.
+    """
+    num_layers = checkpoint.config.num_hidden_layers
+    place = {linear.path: number for number, linear in enumerate(family.linears(num_layers))}
     pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.")
-    for name in names:
+
+    def order(name: str) -> tuple[int, int]:
         found = pattern.match(name)
-        groups[0 if found is None else int(found.group(1)) + 1].append(name)
-    yield from groups
+        return (0 if found is None else int(found.group(1)) + 1, place.get(name.rpartition(".")[0], -1))
+
+    names = canonical_names(checkpoint)
+    group: dict[str, str] = {}
+    block = num_bytes = 0
+    for name in sorted(names, key=order):
+        size = checkpoint.index[names[name]].num_bytes
+        if group and (order(name)[0] != block or num_bytes + size > SHARD_BYTES):
+            yield block, group
+            group, num_bytes = {}, 0
+        group[name], block, num_bytes = names[name], order(name)[0], num_bytes + size
+    yield block, group
 
 
 def provide(party: Party, trainer: str, *, attested: bool) -> None:
@@ -108,16 +124,18 @@ def _public_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _stream(party: Party, checkpoint: Checkpoint, family: Family, trainer: str) -> None:
-    names = canonical_names(checkpoint)
+    link = party.links[trainer]
     num_layers = checkpoint.config.num_hidden_layers
-    for index, group in enumerate(shards(names, family, num_layers)):
-        stored = {names[name]: name for name in group}
-        tensors = {stored[name]: value for name, value in checkpoint.tensors(stored)}
+    for block, group in shards(checkpoint, family):
+        names = {stored: name for name, stored in group.items()}
+        tensors = {names[stored]: value for stored, value in checkpoint.tensors(names)}
         for name, value in tensors.items():
             if not torch.isfinite(value).all():
                 raise ModelError(
                     f"tensor {name!r} of {party.config.model!r} is not finite", hint="the checkpoint is damaged"
                 )
-        party.links[trainer].send(WeightShard(tensors, last=index == num_layers))
-        party.links[trainer].recv_as(Acknowledged)
-        party.report("provisioned", {"block": index, "num_blocks": num_layers})
+        link.send(WeightShard(tensors, last=False))
+        link.recv_as(Acknowledged)
+        party.report("provisioned", {"block": block, "num_blocks": num_layers})
+    link.send(WeightShard({}, last=True))
+    link.recv_as(Acknowledged)

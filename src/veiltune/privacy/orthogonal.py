@@ -143,6 +143,11 @@ class Key(Secret, ABC):
                 self._casts[place] = tuple(self._rounded(part, like.dtype) for part in here)
         return self._casts[place]
 
+    def settle(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Make the copy that states of this dtype and device will need, then free the originals."""
+        self._cast(torch.empty(0, dtype=dtype, device=device))
+        self.release()
+
     def use_bfloat16_grid(self) -> None:
         """Round what is applied to states as bfloat16 would, whatever dtype computes: for studies on a CPU."""
         self._on_bfloat16_grid = True

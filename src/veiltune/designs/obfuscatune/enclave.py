@@ -26,7 +26,7 @@ from veiltune.models.skeleton import (
     resolve_device,
 )
 from veiltune.parties.party import Party
-from veiltune.privacy.orthogonal import make_key
+from veiltune.privacy.orthogonal import Key, make_key
 from veiltune.secrets import MasterSecret
 from veiltune.tee.enclave import SimulatedEnclave
 from veiltune.tee.sealing import SealingKey
@@ -66,6 +66,7 @@ class Enclave:
         self.secret = self._master_secret()
         self.linears = list(self.family.linears(self.num_layers))
         self.keys = self._make_keys()
+        self._open_key: Key | None = None
         self.client = TrunkClient(party.links["host"])
         self.model: Any = empty_model(self.model_config)
         self.adapted = adapted_linears(self.family, self.num_layers, self.config.lora)
@@ -91,7 +92,11 @@ class Enclave:
         labels = sorted({linear.key for linear in self.linears})
         dim = int(self.model_config.hidden_size)
         kind, condition = self.options.matrix, self.options.condition_number
-        return {label: make_key(kind, dim, self.secret, label, condition) for label in labels}
+        keys = {label: make_key(kind, dim, self.secret, label, condition) for label in labels}
+        if self.rounded:
+            for key in keys.values():
+                key.use_bfloat16_grid()
+        return keys
 
     def _fan(self, path: str) -> tuple[int, int]:
         rows, columns = self.model.get_submodule(path).weight.shape
@@ -120,13 +125,12 @@ class Enclave:
             if shard.last:
                 break
             del shard, masked
+        self._close_key()
         self.model.tie_weights()
         require_complete(self.model)
         self.model.requires_grad_(requires_grad=False)
         if self.rounded:
             round_between_operations(self.model)
-            for key in self.keys.values():
-                key.use_bfloat16_grid()
 
     def _divide(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Masked tensors for the host; the others are put in their place here."""
@@ -160,9 +164,19 @@ class Enclave:
     def _mask_weight(self, linear: Linear, weight: Tensor) -> Tensor:
         row = weight if self.family.weights_in_out else weight.T
         key = self.keys[linear.key]
+        if key is not self._open_key:
+            self._close_key()
+            self._open_key = key
         masked = key.mask_input_weight(row) if linear.side == "input" else key.mask_output_weight(row)
-        key.release()
         return (masked if self.family.weights_in_out else masked.T).contiguous()
+
+    def _close_key(self) -> None:
+        """One key at a time is held in float64: weights that share a key come one after another."""
+        if self._open_key is not None and not self.party.job.native:
+            self._open_key.settle(self.dtype, self.device)
+        elif self._open_key is not None:
+            self._open_key.release()
+        self._open_key = None
 
     def engine(self) -> Engine:
         """The training engine over this model, with first factors on the host."""
