@@ -261,11 +261,13 @@ def plain_states(model: Any, ids: Tensor, *, gradients: bool = False) -> dict[st
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_module: Any, inputs: Any, output: Any) -> None:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             found[name] = value
             if name.startswith("residual") and inputs:
                 found[f"{name}:in"] = inputs[0]
+            if name.startswith("branch") and getattr(module, "bias", None) is not None:
+                found[f"{name}:unbiased"] = value.detach() - module.bias.detach()
             for state in (value, *inputs[:1]):
                 if gradients and state.requires_grad:
                     state.retain_grad()

@@ -1,0 +1,142 @@
+"""The tables of README and docs, made from the committed results and from nothing else.
+
+`python -m benchmarks.tables` rewrites what stands between `<!-- figures: NAME -->` and `<!-- /figures -->` in the pages; with
+`--check` it only says whether they are up to date (a test does the same).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks._record import RESULTS, Row
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))))
+_BLOCK = re.compile(r"(<!-- figures: ([a-z_]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def rows_of(name: str) -> list[Row]:
+    """Rows of a committed result; none if it was never measured."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    if not lines:
+        return "*Not measured yet.*"
+    return "\n".join(
+        ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(line) + " |" for line in lines)]
+    )
+
+
+def _ratio(value: dict[str, Any]) -> str:
+    return f"{value['median']:.2f} ({value['p10']:.2f}–{value['p90']:.2f}, n = {value['n']})"
+
+
+def _accuracy(row: Row | None, key: str = "value") -> str:
+    if row is None:
+        return "–"
+    low, high = row["ci95"]
+    return f"{100 * row[key]:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def step_ratio() -> str:
+    """Ratio to the plain PEFT step."""
+    lines = [
+        [
+            row["model"],
+            row["setting"],
+            _ratio(row["ratio"]),
+            f"{row['crossings_per_step']:.0f}",
+            f"{row['border_bytes_per_step'] / 1e6:.0f} MB",
+            f"{100 * row['enclave_seconds_share']:.0f}%",
+        ]
+        for row in rows_of("step_ratio")
+    ]
+    head = ["model", "setting", "step / plain PEFT step", "crossings a step", "over the border", "enclave's share of time"]
+    return _markdown(head, lines)
+
+
+def utility() -> str:
+    """Accuracy by task and design, with intervals."""
+    rows = rows_of("utility")
+    designs = list(dict.fromkeys(row["design"] for row in rows))
+    lines: list[list[str]] = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        found = {row["design"]: row for row in rows if row["task"] == task}
+        lines.append([task, str(next(iter(found.values()))["n"]), *(_accuracy(found.get(design)) for design in designs)])
+    return _markdown(["task", "n", *designs], lines)
+
+
+def condition_number() -> str:
+    """What κ costs in both dtypes."""
+    lines = [
+        [
+            row["matrix"] if row["design"] != "local" else "none (`local`)",
+            "–" if row["condition_number"] is None else f"{row['condition_number']:.0f}",
+            row["dtype"],
+            f"{row['logit_error']:.1e}",
+            f"{row['loss']:.3f}",
+            _accuracy({**row, "value": row["accuracy"]}),
+        ]
+        for row in rows_of("condition_number")
+    ]
+    return _markdown(["key", "κ", "dtype", "logit error", "loss after tuning", "accuracy (95%)"], lines)
+
+
+def enclave_shares() -> str:
+    """Parameters and forward FLOPs in the enclave, compact placement."""
+    lines = [
+        [row["model"], f"{row['num_parameters'] / 1e6:.0f}M", f"{100 * row['param_share']:.1f}%", f"{100 * row['flop_share']:.1f}%"]
+        for row in rows_of("enclave_shares")
+        if row["placement"] == "compact"
+    ]
+    return _markdown(["model", "parameters", "parameters in the enclave", "forward FLOPs in the enclave"], lines)
+
+
+def protect_memory() -> str:
+    """Growth of each party's resident set while a model is protected."""
+    lines = [
+        [
+            row["model"],
+            f"{row['checkpoint_bytes'] / 1e9:.2f} GB",
+            f"{row['block_bytes'] / 1e9:.2f} GB",
+            *(f"{row['grown_bytes'][party] / 1e9:.2f} GB" for party in ("provider", "enclave", "host")),
+            f"{row['sum_grown_bytes'] / 1e9:.2f} GB",
+        ]
+        for row in rows_of("protect_memory")
+    ]
+    return _markdown(["model", "checkpoint", "a block", "provider", "enclave", "host", "sum of the peaks"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (step_ratio, utility, condition_number, enclave_shares, protect_memory)
+}
+
+
+def rendered(text: str) -> str:
+    """A page with every block of figures made anew."""
+    return _BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def stale() -> list[str]:
+    """Pages whose figures are not those of the committed results."""
+    return [page for page in PAGES if (text := (ROOT / page).read_text(encoding="utf-8")) != rendered(text)]
+
+
+def main() -> None:
+    """Rewrite the pages, or check them."""
+    pages = stale()
+    if "--check" in sys.argv[1:]:
+        sys.exit(f"figures are not those of the results: {', '.join(pages)}" if pages else 0)
+    for page in pages:
+        (ROOT / page).write_text(rendered((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
