@@ -207,7 +207,10 @@ def _as_config_error(model: type[BaseModel], error: ValidationError, prefix: str
         )
     if first["type"] == "missing":
         return ConfigError(f"the configuration lacks {where!r}", hint=f"add {where} = …")
-    return ConfigError(f"{where or 'configuration'} = {first.get('input')!r}: {first['msg']}", hint="correct the value")
+    said, _, hint = first["msg"].removeprefix("Value error, ").partition("; ")
+    if not first["loc"]:  # a check of the whole table
+        return ConfigError(f"{prefix.rstrip('.') or 'configuration'}: {said}", hint=hint or "correct the value")
+    return ConfigError(f"{where} = {first.get('input')!r}: {said}", hint=hint or "correct the value")
 
 
 def _model_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from veiltune.evaluation import Verification
+    from veiltune.evaluation.inspection import Inspection
 
 SIMULATED_LABEL = "SIMULATED ENCLAVE: it protects nothing from this machine's owner"
 LINE_SECONDS = 5.0
@@ -63,7 +64,9 @@ class Display:
             TextColumn("{task.fields[note]}"),
             console=screen,
         )
-        self._live = Live(get_renderable=self._render, console=screen, refresh_per_second=4) if screen.is_terminal else None
+        self._live = (
+            Live(get_renderable=self._render, console=screen, refresh_per_second=4) if screen.is_terminal else None
+        )
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -197,3 +200,14 @@ def verification_table(verification: Verification) -> Table:
     same = Text("equal", style="green") if verification.greedy_equal else Text("DIFFER", style="bold red")
     table.add_row(f"{verification.greedy_tokens} greedy tokens", "", "", "", same)
     return table
+
+
+def sees_list(found: Inspection) -> Text:
+    """What each observer learns under each design, as an indented list. Placements differ in nothing an observer sees."""
+    by_design = {label.split()[0]: observers for label, observers in found.sees.items()}
+    text = Text()
+    for design, observers in by_design.items():
+        for who, lines in observers.items():
+            text.append(f"\nunder {design} the {who} sees\n", style="bold")
+            text.append("".join(f"  - {line}\n" for line in lines))
+    return text

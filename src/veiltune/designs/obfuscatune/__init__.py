@@ -47,7 +47,6 @@ HOST_REVEALS = {
     "Forget": Reveal("the end of a pass", "control"),
     "SaveState": SAVE,
     "LoadState": SAVE,
-    "Acknowledged": ACK,
     "Goodbye": DONE,
 }
 

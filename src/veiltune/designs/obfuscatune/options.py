@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from veiltune.config import Section
+from veiltune.errors import nearest
 from veiltune.models.family import Placement
 from veiltune.privacy.orthogonal import KEY_KINDS
 
@@ -29,7 +30,7 @@ class ObfuscaTuneOptions(Section):
     @model_validator(mode="after")
     def _check_matrix(self) -> ObfuscaTuneOptions:
         if self.matrix not in KEY_KINDS:
-            raise ValueError(f"unknown kind of key (valid: {', '.join(sorted(KEY_KINDS))})")
+            raise ValueError(f"matrix {self.matrix!r} is no kind of key; {nearest(self.matrix, KEY_KINDS)}")
         if (self.matrix == "conditioned") != (self.condition_number is not None):
             raise ValueError("condition_number belongs to matrix = 'conditioned', and to it alone")
         if self.condition_number is not None and self.condition_number < 1:

@@ -1,0 +1,131 @@
+"""The command line's verbs and options, and how they are parsed. Nothing is imported that is slow."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from veiltune import __version__
+from veiltune.errors import UserError
+
+VERBS = ("demo", "tune", "generate", "verify", "inspect")
+MODEL_HELP = "hub id, directory, GGUF file, package:DISTRIBUTION or random:FAMILY[:layers,hidden,heads,vocab]"
+CONFIG_HELP = "a TOML file, or a run's output directory (its config.json)"
+
+Command = Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors of the command line look like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, hint=f"see `{self.prog} --help`")
+
+
+def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """The parser of every verb; a parsed command's ``run`` is the one of ``commands`` that carries it out.
+
+    Its errors are UserError, and look like all others.
+    """
+    parser = _Parser(
+        prog="veiltune",
+        description="Fine-tune and use one language model among a model provider, a data owner and a host that do not "
+        "trust one another.",
+    )
+    parser.add_argument("--version", action="version", version=f"veiltune {__version__}")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    _add_demo(verbs, commands["demo"])
+    _add_tune(verbs, commands["tune"])
+    _add_generate(verbs, commands["generate"])
+    _add_verify(verbs, commands["verify"])
+    _add_inspect(verbs, commands["inspect"])
+    return parser
+
+
+def _add_demo(verbs: Any, run: Command) -> None:
+    demo = _add(verbs, "demo", run, "the main job on a real model and real data, start to end")
+    demo.add_argument("--quick", action="store_true", help="a few steps and few items: minutes, and wide intervals")
+    demo.add_argument("--output", type=Path, default=Path("veiltune-demo"), help="directory (default: %(default)s)")
+
+
+def _add_tune(verbs: Any, run: Command) -> None:
+    tune = _add(verbs, "tune", run, "fine-tune under a design; writes an adapter in PEFT's format and result.json")
+    _add_config(tune)
+    existing = tune.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in the output directory"
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output directory")
+
+
+def _add_generate(verbs: Any, run: Command) -> None:
+    generate = _add(verbs, "generate", run, "stream an answer from the protected model, tuned if the run was")
+    _add_config(generate)
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=_integer(1), default=128, metavar="N", help="default: %(default)s")
+    generate.add_argument("--sample", action="store_true", help="draw tokens; without it the likeliest is taken")
+    generate.add_argument("--temperature", type=_number(0, None), metavar="T", help="with --sample (implied)")
+    generate.add_argument("--top-p", type=_number(0, 1), metavar="P", help="with --sample (implied)")
+    generate.add_argument("--top-k", type=_integer(1), metavar="K", help="with --sample (implied)")
+    generate.add_argument(
+        "--seed", type=_integer(0), metavar="N", help="of the draw (default: a fresh one, which is shown)"
+    )
+
+
+def _add_verify(verbs: Any, run: Command) -> None:
+    verify = _add(verbs, "verify", run, "show on this machine that a design computes the plain model's function")
+    verify.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    verify.add_argument("--design", default="obfuscatune", metavar="NAME", help="default: %(default)s")
+    verify.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="say obfuscatune.matrix=gaussian"
+    )
+    verify.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
+    verify.add_argument(
+        "--steps", type=_integer(1), default=3, metavar="N", help="training steps (default: %(default)s)"
+    )
+    verify.add_argument(
+        "--against", choices=("own", "orthogonal"), default="own", help="whose condition number bounds it"
+    )
+    verify.add_argument("--processes", action="store_true", help="every party its own process (default: threads)")
+    verify.add_argument("--output", type=Path, metavar="DIR", help="keep both runs and result.json there")
+
+
+def _add_inspect(verbs: Any, run: Command) -> None:
+    inspect = _add(verbs, "inspect", run, "how each design would cut a model, and who sees what")
+    inspect.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    inspect.add_argument("--placement", choices=("compact", "paper"), help="of obfuscatune (default: both)")
+
+
+def _add(verbs: Any, name: str, run: Command, what: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, say train.steps=50")
+
+
+def _integer(least: int) -> Any:
+    def integer(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return int(text)
+
+    return integer
+
+
+def _number(above: float, most: float | None) -> Any:
+    def number(text: str) -> float:
+        value = float(text)
+        if not value > above or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(
+                f"{text} is not above {above:g}" + (f" and at most {most:g}" if most else "")
+            )
+        return value
+
+    return number

@@ -1,0 +1,250 @@
+"""The command line: parse, call, print. Data goes to stdout, everything for people to stderr.
+
+Nothing heavy is imported before a verb is known, so that ``--help`` is instant.
+
+Exit codes: 0; 1 to 7 and 70 by whose fault it was (see `veiltune.errors`); 130 after Ctrl-C; 141 when the reader of
+stdout went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import secrets
+import shlex
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veiltune.arguments import CONFIG_HELP, VERBS, build_parser
+from veiltune.errors import ConfigError, ExactnessError, UserError, VeiltuneError, nearest
+
+if TYPE_CHECKING:
+    from veiltune.config import Config
+    from veiltune.session import Outcome
+
+INTERRUPTED = 130
+READER_GONE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    for name, value in {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("veiltune").addHandler(
+        logging.NullHandler()
+    )  # a session's log is in OUT/log; people have the display
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")  # other libraries', which tell a user nothing
+            return _run(arguments)
+    except VeiltuneError as error:
+        _say_error(error)
+        if as_json:
+            print(json.dumps({"error": error.message, "hint": error.hint}), flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped at once; a checkpoint that was committed is whole", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout at exit; give it one that takes everything.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+
+
+def _run(arguments: list[str]) -> int:
+    parser = build_parser({"demo": _demo, "tune": _tune, "generate": _generate, "verify": _verify, "inspect": _inspect})
+    verb = next((each for each in arguments if not each.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        raise UserError(f"there is no verb {verb!r}", hint=nearest(verb, VERBS))
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def _say_error(error: VeiltuneError) -> None:
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------------
+
+
+def _configuration(options: argparse.Namespace) -> Config:
+    from veiltune.config import load_config
+    from veiltune.designs import DESIGNS
+
+    tables = {name: design.options for name, design in DESIGNS.items()}
+    path = Path(options.config)
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix != ".json":
+        return load_config(path, overrides=options.set, options=tables)
+    try:
+        return load_config(json.loads(path.read_text(encoding="utf-8")), overrides=options.set, options=tables)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error}", hint=f"give {CONFIG_HELP}") from None
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from veiltune.display import Display, console
+    from veiltune.evaluation import RESULT, check_inputs, result_of
+    from veiltune.parties import Job
+    from veiltune.report import comparison_table, plot_losses
+    from veiltune.results import write_result
+    from veiltune.session import run_session
+
+    config = _configuration(options)
+    check_inputs(config)
+    screen = console()
+    with Display(screen, f"tuning {config.model} under {config.design}") as display:
+        outcome = run_session(
+            config, Job(verb="tune"), on_event=display, resume=options.resume, overwrite=options.overwrite
+        )
+    if outcome.interrupted:
+        return _interrupted(options, outcome)
+    output = Path(config.output)
+    result = result_of(config, outcome)
+    write_result(output / RESULT, result)
+    plot_losses({config.design: result}, output / "loss.png")
+    if options.json:
+        print(result.model_dump_json(by_alias=True))
+    screen.print(comparison_table({config.design: result}))
+    screen.print(f"adapter, {RESULT}, loss.png: {output}", markup=False)
+    return 0
+
+
+def _interrupted(options: argparse.Namespace, outcome: Outcome) -> int:
+    step = outcome.owner["history"]["step"]
+    again = [
+        "veiltune",
+        "tune",
+        options.config,
+        "--resume",
+        *(part for each in options.set for part in ("--set", each)),
+    ]
+    print(f"saved after step {step}; resume with: {shlex.join(again)}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({"interrupted": True, "step": step, "resume": shlex.join(again)}))
+    return INTERRUPTED
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from veiltune.display import Display, console
+    from veiltune.evaluation import is_simulated
+    from veiltune.parties import Job
+    from veiltune.session import run_session
+    from veiltune.training import COMMIT
+
+    config = _configuration(options)
+    if not options.prompt.strip():
+        raise UserError("the prompt is empty", hint="give --prompt some text")
+    settings = _decoding(options)
+    is_tuned = (Path(config.output) / COMMIT).is_file()
+    with ExitStack() as stack:
+        title = f"asking {config.model} under {config.design}, {'as tuned' if is_tuned else 'not tuned'}"
+        display = stack.enter_context(Display(console(), title))
+        if not is_tuned:  # leave the output directory to the run that will make it
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="veiltune-generate-"))
+            config = config.model_copy(update={"output": Path(scratch) / "run"})
+
+        def on_event(event: str, fields: dict[str, Any]) -> None:
+            display(event, fields)
+            if event == "text" and not options.json:
+                display.stop()
+                sys.stdout.write(fields["text"])
+                sys.stdout.flush()
+
+        job = Job(verb="generate", prompt=options.prompt, settings=settings)
+        outcome = run_session(config, job, on_event=on_event, resume=is_tuned)
+    answer = {**outcome.owner["generated"], "is_tuned": is_tuned, "settings": settings}
+    if options.json:
+        print(
+            json.dumps(
+                {"design": config.design, "model": config.model, **answer, "simulated_enclave": is_simulated(outcome)}
+            )
+        )
+    else:
+        print(flush=True)
+    if "seed" in settings and options.seed is None:
+        print(f"drawn with --seed {settings['seed']}", file=sys.stderr)
+    return 0
+
+
+def _decoding(options: argparse.Namespace) -> dict[str, Any]:
+    chosen = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": bool(options.sample or chosen)}
+    if settings["do_sample"]:
+        seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+        settings |= {**chosen, "seed": seed}
+    return settings
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from veiltune.display import Display, console, verification_table
+    from veiltune.evaluation import RESULT, verify
+    from veiltune.results import to_json, write_result
+
+    screen = console()
+    with Display(screen, f"verifying {options.design} on {options.model}") as display:
+        found = verify(
+            options.model,
+            options.design,
+            overrides=options.set,
+            dtype=options.dtype,
+            steps=options.steps,
+            processes=options.processes,
+            output=options.output,
+            against=options.against,
+            on_event=display,
+        )
+    output = options.output or Path(tempfile.mkdtemp(prefix="veiltune-verify-"))
+    write_result(output / RESULT, found.result)
+    screen.print(verification_table(found))
+    screen.print(f"recorded: {output / RESULT}", markup=False)
+    failed: ExactnessError | None = None
+    try:
+        found.require()
+    except ExactnessError as error:
+        failed = error
+        _say_error(error)
+    if options.json:
+        verdict = {} if failed is None else {"error": failed.message, "hint": failed.hint}
+        shown = {**asdict(found), "result": found.result.model_dump(mode="json", by_alias=True)}
+        shown["checks"] = [
+            {**asdict(check), "limit": check.limit, "is_within": check.is_within} for check in found.checks
+        ]
+        print(to_json({**verdict, "is_within": failed is None, "failures": found.failures, **shown}))
+    return 0 if failed is None else failed.exit_code
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from veiltune.display import console, sees_list
+    from veiltune.evaluation.inspection import inspect_model
+    from veiltune.report import inspect_table
+    from veiltune.results import to_json
+
+    found = inspect_model(options.model, options.placement, progress=lambda line: print(line, file=sys.stderr))
+    if options.json:
+        print(to_json(found.as_json()))
+    else:
+        screen = console()
+        screen.print(inspect_table(options.model, found.places, found.counts))
+        screen.print(sees_list(found))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from veiltune.demo import run_demo
+
+    return run_demo(options.output, quick=options.quick, as_json=options.json)

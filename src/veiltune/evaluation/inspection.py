@@ -1,0 +1,95 @@
+"""How each design would cut a model, from its configuration alone: who holds which tensor, the shares, who sees what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from veiltune.designs import DESIGNS
+from veiltune.errors import UserError
+from veiltune.models.accounting import DESIGNS as ACCOUNTED
+from veiltune.models.accounting import Shares, TensorPlace, shares, tensor_placement
+from veiltune.models.family import Placement
+from veiltune.models.sources import resolve_config
+
+BATCH, LENGTH = 4, 128
+"""Of the forward pass whose FLOPs are counted."""
+PLACEMENTS: tuple[Placement, ...] = ("compact", "paper")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One model under each design, by label ("local", "obfuscatune compact" …).
+
+    Attributes:
+        model: as the user named it.
+        places: who holds each tensor.
+        counts: the enclave's shares.
+        sees: by label and observer, what it learns: from messages, then otherwise.
+    """
+
+    model: str
+    places: dict[str, list[TensorPlace]]
+    counts: dict[str, Shares]
+    sees: dict[str, dict[str, list[str]]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, shares included."""
+        return {
+            "model": self.model,
+            "designs": {
+                label: {
+                    **asdict(count),
+                    "param_share": count.param_share,
+                    "flop_share": count.flop_share,
+                    "revealed_param_share": count.revealed_param_share,
+                    "tensors": [asdict(place) for place in self.places[label]],
+                    "sees": self.sees[label],
+                }
+                for label, count in self.counts.items()
+            },
+        }
+
+
+def inspect_model(
+    model: str, placement: Placement | None = None, *, progress: Callable[[str], None] | None = None
+) -> Inspection:
+    """Look at a model under every design that is accounted for. No weight is read.
+
+    Args:
+        model: a model source.
+        placement: of `obfuscatune`; both if ``None``.
+        progress: called with a line before anything slow.
+
+    Raises:
+        ModelError: the model's configuration cannot be had, or no family covers it.
+    """
+    config = resolve_config(model, progress=progress)
+    found = Inspection(model, {}, {}, {})
+    for name in ACCOUNTED:
+        for each in (placement,) if placement is not None else PLACEMENTS:
+            label = f"{name} {each}" if _has_placement(name) else name
+            found.places[label] = tensor_placement(config, each, name)
+            found.counts[label] = shares(config, each, BATCH, LENGTH, design=name)
+            found.sees[label] = observers(name)
+    return found
+
+
+def observers(design: str) -> dict[str, list[str]]:
+    """What each observer of a design learns: host first, then the others; messages of mere control are left out."""
+    table = DESIGNS[design]
+    order = sorted(table.reveals, key=lambda who: (who != "host", who))
+    return {
+        who: [
+            *(f"{reveal.form}: {reveal.what}" for reveal in table.reveals[who].values() if reveal.form != "control"),
+            *(f"besides: {what}" for what in table.also_sees.get(who, ())),
+        ]
+        for who in order
+    }
+
+
+def _has_placement(design: str) -> bool:
+    if design not in DESIGNS:
+        raise UserError(f"there is no design {design!r}", hint=f"designs: {', '.join(DESIGNS)}")
+    return "placement" in DESIGNS[design].options.model_fields
