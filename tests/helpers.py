@@ -127,7 +127,8 @@ def make_config(design: str, model: str, output: Path, **tables: Any) -> Config:
 
 
 def run(config: Config, job: Job | str, **arguments: Any) -> Outcome:
-    """Run one session; a string is a job's verb."""
+    """Run one session; a string is a job's verb. Threads share torch's generator, so it starts as in a new process."""
+    torch.manual_seed(torch.default_generator.initial_seed() if config.session.processes else 0)
     with own_cache():
         return run_session(config, Job(verb=job) if isinstance(job, str) else job, **arguments)  # pyrefly: ignore
 

@@ -49,7 +49,7 @@ from veiltune.session import PartyFailure
 from veiltune.session.launch import channel_options
 from veiltune.tee.sealing import SIMULATED_KEY_FILE, SealingKey
 from veiltune.transport.channel import memory_pair
-from veiltune.transport.messages import MESSAGES, Acknowledged, Factors, Message, TrainBatch, TrunkShard
+from veiltune.transport.messages import MESSAGES, Factors, Forget, Message, TrainBatch, TrunkShard
 
 PROMPT = "Whisper this to nobody: the fish is green."
 KEY_SEED = 11
@@ -489,7 +489,8 @@ def test_both_ends_of_a_link_refuse_what_is_not_listed() -> None:
         enclave.send(batch)
     with pytest.raises(ProtocolError, match="the host may not send TrunkShard to the enclave"):
         host.send(TrunkShard({}))
-    enclave.send(Acknowledged())  # a refusal leaves the link usable
+    enclave.send(Forget(0))  # a refusal leaves the link usable
+    assert isinstance(host.recv(timeout=1), Forget)
 
     enclave, host = link(short, full)
     with pytest.raises(ProtocolError, match="may not send Factors"):

@@ -51,7 +51,13 @@ class StateStore:
             partial.replace(path)
         else:
             seal_file(path, values, metadata, self.key, self._context(step))
-        for old in sorted(found for found in self.directory.iterdir() if _STEP.fullmatch(found.name))[:-KEPT]:
+        self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        """Keep the newest up to ``step``. Later ones are of a run that went back, and must not push out the committed one."""
+        found = sorted(path for path in self.directory.iterdir() if _STEP.fullmatch(path.name))
+        upto = [path for path in found if path.name <= self._path(step).name]
+        for old in set(found) - set(upto[-KEPT:]):
             old.unlink()
 
     def _context(self, step: int) -> str:
@@ -78,6 +84,10 @@ class StateStore:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{str(path)!r} is damaged: {error}", hint="start anew with --overwrite") from None
+        if metadata.get("step") != str(step):
+            raise CheckpointError(
+                f"{str(path)!r} holds the state of step {metadata.get('step')}", hint="start anew with --overwrite"
+            )
         if metadata.get("fingerprint") != self.fingerprint:
             raise CheckpointError(
                 f"{str(path)!r} belongs to a run with another configuration",
@@ -117,5 +127,6 @@ def restore_optimizer(
             on_device = value if field == "step" else value.to(parameters[name].device)
             state[parameters[name]][field] = on_device.clone()
     for parameter, values in state.items():
+        optimizer.state.pop(parameter, None)
         if values:
             optimizer.state[parameter] = values

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,7 +24,7 @@ T = TypeVar("T", bound=BaseModel)
 class Section(BaseModel):
     """Base of every table: frozen, and refusing keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -43,7 +43,9 @@ class LoraConfig(Section):
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Literal["all"] | tuple[str, ...] = Field(default="all", description="'all' or names such as q_proj")
+    targets: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="all", description="'all' or a list of names such as q_proj"
+    )
     init_seed: int | None = Field(
         default=None,
         description="reproducible first factors, for tests and comparisons; unset: from the system's randomness",
@@ -145,19 +147,32 @@ def load_config(
     raw = _read_toml(source) if isinstance(source, Path) else json.loads(json.dumps(source, default=str))
     for override in overrides:
         _apply_override(raw, override)
-    design = raw.get("design")
-    if not isinstance(design, str) or design not in options:
-        raise ConfigError(f"unknown design {design!r}", hint=nearest(str(design), options))
-    tables = {**raw.pop("design_options", {}), **{name: raw.pop(name) for name in options if name in raw}}
     known = set(Config.model_fields) | set(options)
     for key in raw:
         if key not in known:
             raise ConfigError(f"unknown key {key!r} in the configuration", hint=nearest(key, known))
+    design = raw.get("design")
+    if design is None:
+        raise ConfigError("the configuration lacks 'design'", hint=f"add design = …; {nearest('', options)}")
+    if design not in list(options):
+        raise ConfigError(f"unknown design {design!r}", hint=nearest(str(design), options))
+    tables = _design_tables(raw, options)
     raw["design_options"] = {
         name: _validated(options[name], table, prefix=f"{name}.").model_dump(mode="json")
         for name, table in tables.items()
     }
     return _validated(Config, raw, prefix="")
+
+
+def _design_tables(raw: dict[str, Any], options: Collection[str]) -> dict[str, Any]:
+    """Take the designs' own tables out of ``raw``: by name, or gathered as a `Config` has them."""
+    gathered = raw.pop("design_options", {})
+    if not isinstance(gathered, dict):
+        raise ConfigError(f"design_options = {gathered!r}: not a table", hint="name a table after the design instead")
+    for name in gathered:
+        if name not in options:
+            raise ConfigError(f"unknown design {name!r} in design_options", hint=nearest(name, options))
+    return {**gathered, **{name: raw.pop(name) for name in options if name in raw}}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -199,18 +214,27 @@ def _validated(model: type[T], raw: Any, *, prefix: str) -> T:
 
 def _as_config_error(model: type[BaseModel], error: ValidationError, prefix: str) -> ConfigError:
     first = error.errors()[0]
-    where = prefix + ".".join(str(part) for part in first["loc"])
+    where = prefix + _key(first["loc"])
     if first["type"] == "extra_forbidden":
         table = _model_at(model, first["loc"][:-1])
+        unknown = prefix + ".".join(str(part) for part in first["loc"])
         return ConfigError(
-            f"unknown key {where!r} in the configuration", hint=nearest(str(first["loc"][-1]), table.model_fields)
+            f"unknown key {unknown!r} in the configuration", hint=nearest(str(first["loc"][-1]), table.model_fields)
         )
     if first["type"] == "missing":
         return ConfigError(f"the configuration lacks {where!r}", hint=f"add {where} = …")
-    said, _, hint = first["msg"].removeprefix("Value error, ").partition("; ")
+    messages = [
+        each["msg"].removeprefix("Value error, ") for each in error.errors() if prefix + _key(each["loc"]) == where
+    ]
+    said, _, hint = " or ".join(messages).partition("; ")
     if not first["loc"]:  # a check of the whole table
         return ConfigError(f"{prefix.rstrip('.') or 'configuration'}: {said}", hint=hint or "correct the value")
     return ConfigError(f"{where} = {first.get('input')!r}: {said}", hint=hint or "correct the value")
+
+
+def _key(location: Sequence[int | str]) -> str:
+    """The dotted key of an error. pydantic adds the branch of a union that it tried, ``literal['all']``: no key."""
+    return ".".join(str(part) for part in location if isinstance(part, int) or part.isidentifier())
 
 
 def _model_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from veiltune.batching import Batch, batches
+from veiltune.batching import Batch, batches, steps_per_epoch
 from veiltune.config import Config, TrainConfig
 from veiltune.errors import TrainingError
 from veiltune.examples import TokenizedExample
@@ -42,7 +42,8 @@ def learning_rates(train: TrainConfig, total_steps: int) -> list[float]:
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
-    scheduler = get_scheduler(train.schedule, optimizer, train.warmup_steps, total_steps)
+    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    scheduler = get_scheduler(name, optimizer, train.warmup_steps, total_steps)
     rates: list[float] = []
     for _ in range(total_steps):
         rates.append(float(scheduler.get_last_lr()[0]))
@@ -55,7 +56,7 @@ def total_steps(train: TrainConfig, num_examples: int) -> int:
     """Optimiser steps of a run: ``steps``, else as many as ``epochs`` need."""
     if train.steps is not None:
         return train.steps
-    return max(1, math.ceil(num_examples * train.epochs / (train.batch_size * train.accumulate)))
+    return max(1, math.ceil(train.epochs * steps_per_epoch(num_examples, train.batch_size) / train.accumulate))
 
 
 class Trainer:
@@ -139,9 +140,9 @@ class Trainer:
         loss = 0.0
         for batch in group:
             loss += self.tuner.accumulate(batch.input_ids, batch.attention_mask, batch.labels, targets) / targets
-        self._require_finite("loss", loss)
+        self._require_finite("loss", loss, self.history.step + 1)
         norm = self.tuner.step(learning_rate, self.config.train.max_grad_norm)
-        self._require_finite("gradient norm", norm)
+        self._require_finite("gradient norm", norm, self.history.step + 1)
         seconds = time.perf_counter() - start
         tokens = sum(int(batch.attention_mask.sum()) for batch in group)
         history = self.history
@@ -161,10 +162,10 @@ class Trainer:
             },
         )
 
-    def _require_finite(self, what: str, value: float) -> None:
+    def _require_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
             raise TrainingError(
-                f"the {what} of step {self.history.step + 1} is {value}; the last checkpoint is kept",
+                f"the {what} of step {step} is {value}; the last checkpoint is kept",
                 hint="lower train.learning_rate, set train.max_grad_norm, or check the data and obfuscatune.matrix",
             )
 
@@ -174,6 +175,7 @@ class Trainer:
             loss, tokens = self.tuner.evaluate(batch.input_ids, batch.attention_mask, batch.labels)
             loss_sum, num_tokens = loss_sum + loss, num_tokens + tokens
         value = loss_sum / max(1, num_tokens)
+        self._require_finite("validation loss", value, self.history.step)
         self.history.validation_loss.append((self.history.step, value))
         self.report("validation", {"step": self.history.step, "loss": value})
 

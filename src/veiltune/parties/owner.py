@@ -138,11 +138,10 @@ class Owner:
             if not decoded.endswith("\ufffd"):  # a character that is not whole yet
                 self.party.report("text", {"text": decoded[len(shown) :]})
                 shown = decoded
-        self.party.figures["generated"] = {
-            "prompt": job.prompt,
-            "text": self.tokenizer.decode(tokens, skip_special_tokens=True),
-            "tokens": tokens,
-        }
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if text != shown:  # it ends in half a character after all
+            self.party.report("text", {"text": text[len(shown) :]})
+        self.party.figures["generated"] = {"prompt": job.prompt, "text": text, "tokens": tokens}
 
     def _chat_prompt(self, prompt: str) -> str:
         if not self.tokenizer.chat_template:
@@ -155,6 +154,8 @@ class Owner:
         from safetensors.torch import save_file
 
         probe = self.party.job.probe
+        if self.party.job.resume_step is not None:
+            self.tuner.load(self.party.job.resume_step)
         ids = torch.tensor(probe["input_ids"], dtype=torch.int64)
         mask = torch.ones_like(ids)
         found: dict[str, Tensor] = {"logits": self.tuner.logits(ids, mask)}
