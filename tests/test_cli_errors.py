@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import helpers
 import pytest
-from test_cli import PROMPT, veiltune, write_config  # noqa: F401 - a fixture
+
+import helpers
+from commands import PROMPT, Ran, runner, write_config
 from veiltune.models import memory
+
+
+@pytest.fixture
+def veiltune(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    return runner(capsys)
 
 
 def assert_refused(ran: Any, code: int, *, error: str, hint: str) -> None:
@@ -42,7 +49,7 @@ def assert_refused(ran: Any, code: int, *, error: str, hint: str) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_command_line_that_cannot_be(veiltune: Any, arguments: list[str], error: str, hint: str) -> None:  # noqa: F811
+def test_a_command_line_that_cannot_be(veiltune: Any, arguments: list[str], error: str, hint: str) -> None:
     assert_refused(veiltune(*arguments), 2, error=error, hint=hint)
 
 
@@ -67,7 +74,7 @@ def test_a_command_line_that_cannot_be(veiltune: Any, arguments: list[str], erro
     ],
 )
 def test_a_configuration_that_cannot_be(
-    veiltune: Any,  # noqa: F811
+    veiltune: Any,
     tmp_path: Path,
     override: str,
     error: str,
@@ -94,23 +101,25 @@ GOOD = '{"prompt": "a", "completion": " b"}\n'
     ],
     ids=["empty", "malformed", "blank line", "missing column", "no object", "empty value", "too long"],
 )
-def test_a_data_file_that_cannot_be_used(veiltune: Any, tmp_path: Path, text: str, error: str, hint: str) -> None:  # noqa: F811
+def test_a_data_file_that_cannot_be_used(veiltune: Any, tmp_path: Path, text: str, error: str, hint: str) -> None:
     config = write_config(tmp_path)
     (tmp_path / "notes.jsonl").write_text(text, encoding="utf-8")
     assert_refused(veiltune("tune", str(config)), 2, error=error, hint=hint)
 
 
-def test_nothing_to_train_on(veiltune: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_nothing_to_train_on(veiltune: Any, tmp_path: Path) -> None:
     config = write_config(tmp_path)
     config.write_text(
-        "".join(line for line in config.read_text(encoding="utf-8").splitlines(keepends=True) if "data.train" not in line),
+        "".join(
+            line for line in config.read_text(encoding="utf-8").splitlines(keepends=True) if "data.train" not in line
+        ),
         encoding="utf-8",
     )
     assert_refused(veiltune("tune", str(config)), 2, error="data.train is not set", hint="[data]")
 
 
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_made(
-    veiltune: Any,  # noqa: F811
+    veiltune: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -124,7 +133,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_made(
     assert veiltune("tune", str(config), "--overwrite").code == 0, "a small one fits"
 
 
-def test_an_output_directory_is_not_taken_unasked(veiltune: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_an_output_directory_is_not_taken_unasked(veiltune: Any, tmp_path: Path) -> None:
     config = str(write_config(tmp_path, design="local"))
     assert veiltune("tune", config).code == 0
     record = (tmp_path / "out" / "result.json").read_bytes()
@@ -136,7 +145,7 @@ def test_an_output_directory_is_not_taken_unasked(veiltune: Any, tmp_path: Path)
     assert (tmp_path / "out" / "result.json").read_bytes() != record
 
 
-def test_a_directory_that_is_no_run_is_never_overwritten(veiltune: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_directory_that_is_no_run_is_never_overwritten(veiltune: Any, tmp_path: Path) -> None:
     config = str(write_config(tmp_path))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work", encoding="utf-8")
@@ -148,7 +157,7 @@ def test_a_directory_that_is_no_run_is_never_overwritten(veiltune: Any, tmp_path
     assert (tmp_path / "out" / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 
-def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(veiltune: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(veiltune: Any, tmp_path: Path) -> None:
     config = write_config(
         tmp_path, train__optimizer="sgd", train__learning_rate=1e30, train__max_grad_norm=0.0, train__checkpoint_every=1
     )
@@ -163,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(veiltune:
     [(" ", 4, "the prompt is empty", "--prompt"), (PROMPT, 2000, "the model takes 1 to 1024", "--max-new-tokens")],
 )
 def test_a_prompt_that_cannot_be_answered(
-    veiltune: Any,  # noqa: F811
+    veiltune: Any,
     tmp_path: Path,
     prompt: str,
     tokens: int,
@@ -175,7 +184,7 @@ def test_a_prompt_that_cannot_be_answered(
     assert_refused(ran, 2, error=error, hint=hint)
 
 
-def test_with_json_an_error_is_one_object_too(veiltune: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_with_json_an_error_is_one_object_too(veiltune: Any, tmp_path: Path) -> None:
     ran = veiltune("tune", str(write_config(tmp_path)), "--json", "--set", "design=nothing")
     assert_refused(ran, 2, error="design 'nothing'", hint="valid")
     assert ran.json == {"error": "unknown design 'nothing'", "hint": "valid: local, obfuscatune"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,7 +212,7 @@ def test_micro_batches_with_a_common_normalizer_equal_one_batch(
     expected_loss = summed_loss(made.model, ids, mask, labels)
     edges = [0, *sorted(cuts), len(ids)]
     losses = [
-        made.ask(TrainBatch(ids[a:b], mask[a:b], labels[a:b], tokens)) for a, b in zip(edges, edges[1:], strict=False)
+        made.ask(TrainBatch(ids[a:b], mask[a:b], labels[a:b], tokens)) for a, b in itertools.pairwise(edges)
     ]
     assert sum(part.loss_sum for part in losses) == pytest.approx(float(expected_loss), rel=1e-12)
     assert sum(part.num_tokens for part in losses) == tokens

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import helpers
 import pytest
+
+import helpers
 from veiltune.config import Config
 from veiltune.evaluation import result_of
 from veiltune.evaluation.record import labels_of
@@ -61,9 +62,7 @@ def configured(tmp_path: Path, design: str = "obfuscatune", **tables: Any) -> Co
 
 def test_what_the_owner_measured_is_recorded(tmp_path: Path) -> None:
     task = {"metric": "acc_norm", "value": 0.5, "n": 4, "ci95": (0.2, 0.8), "others": {"acc": 0.25}}
-    found = outcome(
-        utility={"after": {"piqa": task}}, generated={"prompt": "why", "text": "because", "tokens": [1, 2]}
-    )
+    found = outcome(utility={"after": {"piqa": task}}, generated={"prompt": "why", "text": "because", "tokens": [1, 2]})
     record = result_of(configured(tmp_path), found, exactness=Exactness(logits=1e-7))
     assert record.loss == [3.0, 2.5]
     assert record.validation_loss == [(2, 2.4)]
@@ -100,7 +99,9 @@ def test_nothing_trained_is_no_cost_of_a_step(tmp_path: Path) -> None:
 def test_shares_are_counted_for_the_length_that_was_trained_on(tmp_path: Path) -> None:
     config = configured(tmp_path, obfuscatune={"placement": "paper"})
     model = resolve_config(config.model)
-    counted = shares(model, "paper", config.train.batch_size, 12)  # 90 tokens in 2 steps of 4 sequences: 11.25, rounded up
+    counted = shares(
+        model, "paper", config.train.batch_size, 12
+    )  # 90 tokens in 2 steps of 4 sequences: 11.25, rounded up
     found = result_of(config, outcome()).cost
     assert found.enclave.flop_share == counted.flop_share
     assert found.enclave.param_share == counted.param_share

@@ -220,7 +220,7 @@ def _verify(options: argparse.Namespace) -> int:
         _say_error(error)
     if options.json:
         verdict = {} if failed is None else {"error": failed.message, "hint": failed.hint}
-        shown = {**asdict(found), "result": found.result.model_dump(mode="json", by_alias=True)}
+        shown: dict[str, Any] = {**asdict(found), "result": found.result.model_dump(mode="json", by_alias=True)}
         shown["checks"] = [
             {**asdict(check), "limit": check.limit, "is_within": check.is_within} for check in found.checks
         ]

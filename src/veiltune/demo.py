@@ -43,8 +43,8 @@ PROMPT = "Where would you most likely put the milk after breakfast? Answer in on
 ANSWER_TOKENS = 24
 INTERRUPTED = 130
 NOTES = (
-    "The two runs came one after the other: the quotient of their seconds a step also holds the machine's drift. "
-    "`python -m benchmarks.step_ratio` measures the ratio by turns.",
+    "The two runs came one after the other, so the quotient of their seconds a step also holds the machine's drift.",
+    "`python -m benchmarks.step_ratio` measures that ratio by turns.",
     "First LoRA factors are drawn from a seed, so that the loss curves can be compared; a real run draws them secretly.",
     "Only questions the model was not tuned on are scored; the split is our own, so scores compare with no publication.",
 )
@@ -60,7 +60,7 @@ class Size:
 
 
 FULL = Size(steps=100, items=200, probe_steps=3)
-QUICK = Size(steps=16, items=32, probe_steps=2)
+QUICK = Size(steps=12, items=24, probe_steps=2)
 
 
 def run_demo(output: Path, *, quick: bool, as_json: bool) -> int:

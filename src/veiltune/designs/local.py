@@ -11,7 +11,14 @@ from veiltune.checkpoints import StateStore
 from veiltune.config import Section
 from veiltune.designs.base import ENGINE_REVEALS, OWNER_REVEALS, PROVIDER_REVEALS, Design
 from veiltune.engine import Engine, ParameterBackend
-from veiltune.models.adapters import adapted_linears, factor_parameters, initial_factors, inject_adapters, place_factors
+from veiltune.models.adapters import (
+    adapted_linears,
+    factor_dtype,
+    factor_parameters,
+    initial_factors,
+    inject_adapters,
+    place_factors,
+)
 from veiltune.models.family import find_family
 from veiltune.models.precision import round_between_operations
 from veiltune.models.skeleton import (
@@ -64,7 +71,8 @@ def run_host(party: Party) -> None:
     shapes = {linear.path: _fan(model.get_submodule(linear.path), in_out=family.weights_in_out) for linear in linears}
     inject_adapters(model, config.lora, family, num_layers)
     place_factors(
-        model, {name: value.to(device) for name, value in initial_factors(shapes, config.lora, dtype).items()}
+        model,
+        {name: value.to(device) for name, value in initial_factors(shapes, config.lora, factor_dtype(dtype)).items()},
     )
     parameters = factor_parameters(model, [linear.path for linear in linears])
     if rounded:

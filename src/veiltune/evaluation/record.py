@@ -14,6 +14,7 @@ from veiltune.config import Config
 from veiltune.designs import DESIGNS
 from veiltune.models.accounting import DESIGNS as ACCOUNTED
 from veiltune.models.accounting import Shares, shares
+from veiltune.models.family import Placement
 from veiltune.models.skeleton import resolve_device
 from veiltune.models.sources import resolve_config
 from veiltune.results import (
@@ -100,8 +101,8 @@ def count_shares(config: Config, length: int) -> Shares | None:
     """The enclave's shares for the run's batch and this length; ``None`` for a design that is not accounted for."""
     if config.design not in ACCOUNTED:
         return None
-    options = design_options(DESIGNS[config.design], config.design_options)
-    placement = getattr(options, "placement", "compact")
+    options: Any = design_options(DESIGNS[config.design], config.design_options)
+    placement: Placement = getattr(options, "placement", "compact")
     return shares(resolve_config(config.model), placement, config.train.batch_size, length, design=config.design)
 
 

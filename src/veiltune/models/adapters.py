@@ -77,6 +77,11 @@ def inject_adapters(model: nn.Module, lora: LoraConfig, family: Family, num_laye
     peft.inject_adapter_in_model(peft_config(lora, family, num_layers), model, ADAPTER, low_cpu_mem_usage=True)
 
 
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of factors for a model of ``dtype``: never half, as in PEFT, since optimisers' small steps would vanish."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 def initial_factors(shapes: Mapping[str, tuple[int, int]], lora: LoraConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """First factors: A uniform as in PEFT (bound 1/√in), B zero.
 

@@ -12,7 +12,7 @@ from veiltune.config import Config
 from veiltune.designs.obfuscatune.backend import ObfuscatedBackend
 from veiltune.designs.obfuscatune.options import ObfuscaTuneOptions
 from veiltune.engine import Engine
-from veiltune.models.adapters import Keys, adapted_linears, initial_factors
+from veiltune.models.adapters import Keys, adapted_linears, factor_dtype, initial_factors
 from veiltune.models.family import Family, Linear, find_family
 from veiltune.models.precision import round_between_operations
 from veiltune.models.remote import TrunkClient, install_stubs
@@ -173,14 +173,15 @@ class Enclave:
     def _close_key(self) -> None:
         """One key at a time is held in float64: weights that share a key come one after another."""
         if self._open_key is not None and not self.party.job.native:
-            self._open_key.settle(self.dtype, self.device)
+            for dtype in {self.dtype, factor_dtype(self.dtype)}:
+                self._open_key.settle(dtype, self.device)
         elif self._open_key is not None:
             self._open_key.release()
         self._open_key = None
 
     def engine(self) -> Engine:
         """The training engine over this model, with first factors on the host."""
-        factors = initial_factors(self.shapes, self.config.lora, self.dtype)
+        factors = initial_factors(self.shapes, self.config.lora, factor_dtype(self.dtype))
         here = self.options.optimizer_at == "enclave"
         parameters = {name: nn.Parameter(value.to(self.device)) for name, value in factors.items()} if here else {}
         backend = ObfuscatedBackend(
@@ -191,7 +192,7 @@ class Enclave:
 
     def serve(self) -> None:
         """Answer the owner until it is done, then let the host go."""
-        engine = self.engine()
+        engine: Engine | None = None
         held = sum(parameter.numel() for parameter in self.model.parameters())
         clock = _TrainingClock(self.party, self.client)
         self.party.report("ready")
@@ -200,6 +201,7 @@ class Enclave:
             if isinstance(request, CostRequest):
                 owner.send(CostReport({"enclave_parameters": held, **clock.figures()}))
             else:
+                engine = engine or self.engine()  # until something is to be computed, no key is drawn again
                 owner.send(clock.timed(engine, request))
         self.party.links["host"].send(Goodbye())
 
