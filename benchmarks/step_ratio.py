@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks._record import Row, alternate, ratios, run, summary
 from benchmarks._runs import SMOLLM2, config_for, live
 from veiltune.models.adapters import peft_config
-from veiltune.models.family import find_family
+from veiltune.models.families import find_family
 from veiltune.models.sources import resolve_model
 from veiltune.parties.owner import Owner
 
@@ -100,7 +100,7 @@ def measure(quick: bool) -> list[Row]:
     """Both models, both placements."""
     if quick:
         return _measure_model("random:gpt2", "random GPT-2, tiny", 2, {"compact": SETTINGS["compact"]})
-    rounds = 12
+    rounds = 8
     rows = _measure_model(SMOLLM2, "SmolLM2-135M-Instruct", rounds, SETTINGS)
     both = {name: SETTINGS[name] for name in ("compact", "paper")}
     return rows + _measure_model("random:gpt2-small", "random GPT-2 small", rounds, both)

@@ -58,7 +58,14 @@ def step_ratio() -> str:
         ]
         for row in rows_of("step_ratio")
     ]
-    head = ["model", "setting", "step / plain PEFT step", "crossings a step", "over the border", "enclave's share of time"]
+    head = [
+        "model",
+        "setting",
+        "step / plain PEFT step",
+        "crossings a step",
+        "over the border",
+        "enclave's share of time",
+    ]
     return _markdown(head, lines)
 
 
@@ -69,7 +76,9 @@ def utility() -> str:
     lines: list[list[str]] = []
     for task in dict.fromkeys(row["task"] for row in rows):
         found = {row["design"]: row for row in rows if row["task"] == task}
-        lines.append([task, str(next(iter(found.values()))["n"]), *(_accuracy(found.get(design)) for design in designs)])
+        lines.append(
+            [task, str(next(iter(found.values()))["n"]), *(_accuracy(found.get(design)) for design in designs)]
+        )
     return _markdown(["task", "n", *designs], lines)
 
 
@@ -92,7 +101,12 @@ def condition_number() -> str:
 def enclave_shares() -> str:
     """Parameters and forward FLOPs in the enclave, compact placement."""
     lines = [
-        [row["model"], f"{row['num_parameters'] / 1e6:.0f}M", f"{100 * row['param_share']:.1f}%", f"{100 * row['flop_share']:.1f}%"]
+        [
+            row["model"],
+            f"{row['num_parameters'] / 1e6:.0f}M",
+            f"{100 * row['param_share']:.1f}%",
+            f"{100 * row['flop_share']:.1f}%",
+        ]
         for row in rows_of("enclave_shares")
         if row["placement"] == "compact"
     ]
@@ -107,11 +121,11 @@ def protect_memory() -> str:
             f"{row['checkpoint_bytes'] / 1e9:.2f} GB",
             f"{row['block_bytes'] / 1e9:.2f} GB",
             *(f"{row['grown_bytes'][party] / 1e9:.2f} GB" for party in ("provider", "enclave", "host")),
-            f"{row['sum_grown_bytes'] / 1e9:.2f} GB",
+            f"{row['all_grown_bytes'] / 1e9:.2f} GB",
         ]
         for row in rows_of("protect_memory")
     ]
-    return _markdown(["model", "checkpoint", "a block", "provider", "enclave", "host", "sum of the peaks"], lines)
+    return _markdown(["model", "checkpoint", "a block", "provider", "enclave", "host", "all at once, at worst"], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -127,8 +127,7 @@ def make_config(design: str, model: str, output: Path, **tables: Any) -> Config:
 
 
 def run(config: Config, job: Job | str, **arguments: Any) -> Outcome:
-    """Run one session; a string is a job's verb. Threads share torch's generator, so it starts as in a new process."""
-    torch.manual_seed(torch.default_generator.initial_seed() if config.session.processes else 0)
+    """Run one session; a string is a job's verb."""
     with own_cache():
         return run_session(config, Job(verb=job) if isinstance(job, str) else job, **arguments)  # pyrefly: ignore
 
@@ -253,47 +252,53 @@ def tensors_of(message: Message) -> Iterator[tuple[str, Tensor]]:
 OUTPUT_SIDE = ("c_proj", "out_proj", "o_proj", "down_proj", "fc2")
 
 
+def _kind_of_state(path: str, module: Any) -> str | None:
+    """What the output of a module is to the residual stream, told by names that know nothing of our cuts."""
+    leaf = path.rpartition(".")[2]
+    if isinstance(module, torch.nn.Embedding):
+        return "embedding"
+    if leaf.isdigit():
+        return "residual"
+    if "Norm" in type(module).__name__ and leaf not in {"q_norm", "k_norm"}:
+        return "normed"
+    return "branch" if leaf in OUTPUT_SIDE else None
+
+
+def _keep_states(found: dict[str, Tensor], name: str) -> Callable[..., None]:
+    """A forward hook: the output under ``name``; for a block also its input, for a branch also what it is without its bias."""
+
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        found[name] = output[0] if isinstance(output, tuple) else output
+        if name.startswith("residual"):
+            found[f"{name}:in"] = inputs[0]
+        if name.startswith("branch") and getattr(module, "bias", None) is not None:
+            found[f"{name}:unbiased"] = found[name].detach() - module.bias.detach()
+        for state in (found[name], *inputs[:1]):
+            if state.requires_grad:
+                state.retain_grad()
+
+    return hook
+
+
 def plain_states(model: Any, ids: Tensor, *, gradients: bool = False) -> dict[str, Tensor]:
-    """Every state of the residual stream's width that a plain model makes of these tokens, by hooks that know nothing of cuts.
+    """Every state of the residual stream's width that a plain model makes of these tokens.
 
     Names begin with what they are: ``embedding``, ``residual`` (before and after each block), ``normed``, ``branch`` (what is
     added to the stream), and with ``gradients`` also ``gradient`` of each of these under a loss on every token.
     """
     found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            found[name] = value
-            if name.startswith("residual") and inputs:
-                found[f"{name}:in"] = inputs[0]
-            if name.startswith("branch") and getattr(module, "bias", None) is not None:
-                found[f"{name}:unbiased"] = value.detach() - module.bias.detach()
-            for state in (value, *inputs[:1]):
-                if gradients and state.requires_grad:
-                    state.retain_grad()
-
-        return hook
-
-    handles: list[Any] = []
-    for path, module in model.named_modules():
-        leaf = path.rpartition(".")[2]
-        if isinstance(module, torch.nn.Embedding):
-            handles.append(module.register_forward_hook(keep(f"embedding:{path}")))
-        elif leaf.isdigit():
-            handles.append(module.register_forward_hook(keep(f"residual:{path}")))
-        elif "Norm" in type(module).__name__ and leaf not in {"q_norm", "k_norm"}:
-            handles.append(module.register_forward_hook(keep(f"normed:{path}")))
-        elif leaf in OUTPUT_SIDE:
-            handles.append(module.register_forward_hook(keep(f"branch:{path}")))
+    handles = [
+        module.register_forward_hook(_keep_states(found, f"{kind}:{path}"))
+        for path, module in model.named_modules()
+        if (kind := _kind_of_state(path, module)) is not None
+    ]
     model.requires_grad_(gradients)
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.backward() if gradients else (
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    )
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
     for handle in handles:
         handle.remove()
     states = {name: value.detach().flatten(0, -2) for name, value in found.items()}
     if gradients:
+        output.loss.backward()
         states |= {f"gradient:{n}": v.grad.flatten(0, -2) for n, v in found.items() if v.grad is not None}
     return states
 

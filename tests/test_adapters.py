@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILY_NAMES, plain_model, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from helpers import FAMILY_NAMES, plain_model, token_ids
 from veiltune.config import LoraConfig
 from veiltune.errors import ConfigError
 from veiltune.models.adapters import (
@@ -30,7 +30,8 @@ from veiltune.models.adapters import (
     unmask_factor_gradients,
     unmask_factors,
 )
-from veiltune.models.family import Family, Linear, find_family
+from veiltune.models.families import find_family
+from veiltune.models.family import Family, Linear
 from veiltune.models.presets import random_config
 from veiltune.models.skeleton import empty_model
 from veiltune.privacy.orthogonal import KEY_KINDS, Key, make_key
@@ -59,7 +60,9 @@ def fans(config: Any, linears: list[Linear]) -> dict[str, tuple[int, int]]:
     return {path: (a, b) if in_out else (b, a) for path, (a, b) in shapes.items()}
 
 
-def draw_factors(shapes: dict[str, tuple[int, int]], rank: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def draw_factors(
+    shapes: dict[str, tuple[int, int]], rank: int, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
     """Factors of which neither is zero."""
     generator = torch.Generator().manual_seed(2)
     factors: dict[str, Tensor] = {}
@@ -178,7 +181,12 @@ def test_a_target_selects_the_linears_of_that_name_in_every_block(name: str) -> 
 
 @pytest.mark.parametrize(
     ("name", "target", "meant"),
-    [("gpt2", "c_atn", "c_attn"), ("opt", "o_proj", "out_proj"), ("llama", "q_prj", "q_proj"), ("llama", "lm_head", None)],
+    [
+        ("gpt2", "c_atn", "c_attn"),
+        ("opt", "o_proj", "out_proj"),
+        ("llama", "q_prj", "q_proj"),
+        ("llama", "lm_head", None),
+    ],
 )
 def test_an_unknown_target_is_named_with_the_nearest(name: str, target: str, meant: str | None) -> None:
     _, family, layers = tiny(name)
@@ -313,7 +321,11 @@ def test_the_saved_files_are_pefts(tmp_path: Path) -> None:
     assert all(torch.equal(stored[f"base_model.model.{name}.weight"], value) for name, value in factors.items())
     said = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert (said["r"], said["lora_alpha"], said["lora_dropout"]) == (2, 6.0, 0.25)
-    assert (said["base_model_name_or_path"], said["task_type"], said["fan_in_fan_out"]) == ("the/base", "CAUSAL_LM", True)
+    assert (said["base_model_name_or_path"], said["task_type"], said["fan_in_fan_out"]) == (
+        "the/base",
+        "CAUSAL_LM",
+        True,
+    )
     assert sorted(said["target_modules"]) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     assert said["inference_mode"] is True
 
@@ -326,8 +338,8 @@ def test_a_crash_while_saving_leaves_no_adapter_that_loads(tmp_path: Path, monke
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", crash)
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
         save_adapter(tmp_path, factors, lora, family, layers, "the/base")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_model.safetensors.partial"}
 
@@ -359,6 +371,8 @@ def test_placed_factors_are_parameters_once_and_are_copied_into_thereafter() -> 
     assert all(torch.equal(placed[name], value) and placed[name].requires_grad for name, value in first.items())
     second = {name: value + 1 for name, value in first.items()}
     place_factors(model, second)
-    assert all(factor_parameters(model, paths)[name] is value for name, value in placed.items()), "an optimiser holds them"
+    assert all(factor_parameters(model, paths)[name] is value for name, value in placed.items()), (
+        "an optimiser holds them"
+    )
     assert all(torch.equal(placed[name], value) for name, value in second.items())
     assert all(torch.equal(value, kept[name]) for name, value in first.items()), "the given tensors are not taken"

@@ -104,14 +104,16 @@ def test_other_files_are_left_alone(tmp_path: Path, *, sealed: bool) -> None:
 @both
 def test_another_runs_state_is_refused(tmp_path: Path, *, sealed: bool) -> None:
     store(tmp_path, sealed=sealed).save(1, STATE)
-    with pytest.raises(CheckpointError, match="another configuration" if not sealed else "sealed for another key or purpose"):
+    with pytest.raises(
+        CheckpointError, match="another configuration" if not sealed else "sealed for another key or purpose"
+    ):
         store(tmp_path, sealed=sealed, fingerprint="f2").load(1)
 
 
 @both
 def test_a_missing_step_is_named(tmp_path: Path, *, sealed: bool) -> None:
     store(tmp_path, sealed=sealed).save(1, STATE)
-    with pytest.raises(CheckpointError, match="no state of step 2 in .*") as caught:
+    with pytest.raises(CheckpointError, match="no state of step 2 in ") as caught:
         store(tmp_path, sealed=sealed).load(2)
     assert str(tmp_path) in caught.value.message
     assert "--overwrite" in str(caught.value.hint)
@@ -247,8 +249,8 @@ def test_a_crash_after_the_new_file_is_in_place_leaves_both(
     def crash(_: object) -> None:
         raise Crash
 
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(Path, "unlink", crash)
+    monkeypatch.setattr(Path, "unlink", crash)
+    with pytest.raises(Crash):
         kept.save(3, STATE)
     assert same(kept.load(2), STATE)
     assert same(kept.load(3), STATE)
@@ -281,7 +283,9 @@ class Regression:
         values = []
         for step in range(count):
             self.optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
-            loss = sum((value * torch.randn_like(value)).sum() + value.square().sum() for value in self.parameters.values())
+            loss = sum(
+                (value * torch.randn_like(value)).sum() + value.square().sum() for value in self.parameters.values()
+            )
             loss.backward()  # pyrefly: ignore
             self.optimizer.step()
             self.optimizer.zero_grad()

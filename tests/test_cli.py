@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import signal
 from collections.abc import Callable
@@ -10,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import helpers
 from commands import PROMPT, Ran, outside, runner, write_config
 from veiltune.cli import main
 from veiltune.config import load_config
+from veiltune.display import Display
 from veiltune.parties import Job
 from veiltune.results import read_result
 
@@ -149,7 +153,7 @@ def test_generate_streams_what_the_tuned_plain_model_says(veiltune: Any, tuned: 
 
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(helpers.model_directory("llama"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(helpers.model_directory("llama"))
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
     )
@@ -222,3 +226,41 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         err = process.stderr.read()
     assert process.returncode == 141
     assert err == ""
+
+
+# --- what people see --------------------------------------------------------------------------------------------------
+
+
+def shown(*, terminal: bool, seconds_per_step: float) -> str:
+    """What a display writes of a short session."""
+    now = itertools.count(0.0, seconds_per_step)
+    screen = Console(file=io.StringIO(), force_terminal=terminal, width=150, highlight=False)
+    with Display(screen, "tuning M under D", clock=lambda: next(now)) as display:
+        display("attested", {"enclave": "simulated"})
+        display("training", {"examples": 9, "total_steps": 40})
+        display("border", {"bytes": 2_000_000, "messages": 3})
+        for step in range(1, 41):
+            display("step", {"step": step, "total_steps": 40, "loss": 1.5, "tokens_per_second": 20.0})
+        display("text", {"text": "a secret answer"})
+        display("an event of a later version", {})
+    return screen.file.getvalue()  # pyrefly: ignore[missing-attribute]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_names_the_simulated_enclave_and_shows_no_text(terminal: bool) -> None:
+    text = shown(terminal=terminal, seconds_per_step=1.0)
+    assert "SIMULATED ENCLAVE" in text
+    assert "tuning M under D" in text
+    assert "40/40" in text
+    assert "loss 1.5000  20 tokens/s  2.0 MB over the enclave's border" in text
+    assert "secret" not in text
+
+
+def test_lines_are_not_written_too_often() -> None:
+    def count(seconds_per_step: float) -> int:
+        return shown(terminal=False, seconds_per_step=seconds_per_step).count("loss 1.5000")
+
+    assert count(10.0) == 40
+    assert count(0.01) == 1, "the last step alone"
+    # A tick for each step and one for each line written: at most (41 + n) / 5 of n lines, and the two ends.
+    assert 8 <= count(1.0) <= 12

@@ -55,7 +55,12 @@ def test_a_file_gives_what_it_says_and_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(TOML, encoding="utf-8")
     config = load_config(path, options=OPTIONS)
-    assert (config.design, config.model, config.output, config.seed) == ("obfuscatune", "random:llama", Path("runs/x"), 3)
+    assert (config.design, config.model, config.output, config.seed) == (
+        "obfuscatune",
+        "random:llama",
+        Path("runs/x"),
+        3,
+    )
     assert (config.train.steps, config.train.learning_rate, config.train.batch_size) == (7, 1e-3, 8)
     assert config.lora.targets == ("q_proj", "v_proj")
     options = config.design_options["obfuscatune"]
@@ -126,7 +131,9 @@ def test_a_missing_key_is_named(key: str) -> None:
     assert f"add {key} = " in str(caught.value.hint)
 
 
-@pytest.mark.parametrize(("design", "meant"), [("obfuscatun", "'obfuscatune'"), ("locl", "'local'"), (7, "local"), (["local"], "")])
+@pytest.mark.parametrize(
+    ("design", "meant"), [("obfuscatun", "'obfuscatune'"), ("locl", "'local'"), (7, "local"), (["local"], "")]
+)
 def test_an_unknown_design_is_named_with_the_nearest(design: Any, meant: str) -> None:
     error = refused(design=design)
     assert f"unknown design {design!r}" in error.message
@@ -335,7 +342,7 @@ def fields(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         inner = field.annotation
         is_table = isinstance(inner, type) and issubclass(inner, BaseModel)
-        found += fields(inner, f"{prefix}{name}.") if is_table else [f"{prefix}{name}"]  # pyrefly: ignore
+        found += fields(inner, f"{prefix}{name}.") if is_table else [f"{prefix}{name}"]
     return found
 
 
@@ -348,8 +355,19 @@ def test_every_field_is_in_one_of_these_tables() -> None:
 @pytest.mark.parametrize("key", OTHER)
 def test_the_fingerprint_changes_with_what_is_agreed(key: str) -> None:
     changed = load(**nested({key: OTHER[key]}))
-    assert changed != load(obfuscatune={}), "the value is the default"
-    assert changed.fingerprint() != load(obfuscatune={}).fingerprint()
+    assert changed != load(), "the value is the default"
+    assert changed.fingerprint() != load().fingerprint()
+
+
+def test_the_fingerprint_is_the_same_where_a_default_is_spelt_out() -> None:
+    for tables in (
+        {"obfuscatune": {}},
+        {"obfuscatune": {"matrix": "orthogonal"}},
+        {"train": {"epochs": 1}},
+        {"seed": 0},
+    ):
+        assert load(**tables) == load()
+        assert load(**tables).fingerprint() == load().fingerprint()
 
 
 def test_the_fingerprint_changes_with_the_condition_number() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from helpers import (
     FAMILY_NAMES,
     MODELS,
@@ -25,13 +27,10 @@ from helpers import (
     transcripts,
     worst,
 )
-from torch import Tensor
-from torch.nn import functional
-
 from veiltune.config import LoraConfig
 from veiltune.designs import DESIGNS
 from veiltune.models.adapters import initial_factors
-from veiltune.models.family import find_family
+from veiltune.models.families import find_family
 from veiltune.parties.party import Job
 from veiltune.privacy.bounds import error_bound, product_bound
 from veiltune.privacy.orthogonal import make_key
@@ -48,7 +47,13 @@ CASES = [
     *itertools.product(CLAIMS, MODELS, PLACEMENTS, ["float32"]),
     *itertools.product(CLAIMS, FAMILY_NAMES, PLACEMENTS, ["float64"]),
 ]
-GREEDY = {"do_sample": False, "repetition_penalty": 2.0, "no_repeat_ngram_size": 2, "max_new_tokens": 36, "min_new_tokens": 36}
+GREEDY = {
+    "do_sample": False,
+    "repetition_penalty": 2.0,
+    "no_repeat_ngram_size": 2,
+    "max_new_tokens": 36,
+    "min_new_tokens": 36,
+}
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 0, "seed": 5, "max_new_tokens": 36, "min_new_tokens": 36}
 PROMPT = "A prompt that nobody but its owner should see."
 
@@ -102,8 +107,10 @@ def peft_twin(model: str, dtype: torch.dtype) -> Any:
         for name, value in wrapped.named_parameters()
         if name.endswith("lora_A.default.weight")
     }
-    fans = {path: (value.shape[1], wrapped.get_submodule(f"base_model.model.{path}").out_features)
-            for path, value in layers.items()}
+    fans = {
+        path: (value.shape[1], wrapped.get_submodule(f"base_model.model.{path}").out_features)
+        for path, value in layers.items()
+    }
     first = initial_factors(fans, LoraConfig(rank=4, init_seed=1), dtype)
     with torch.no_grad():
         for path, value in layers.items():
@@ -194,7 +201,7 @@ WIDE = "random:llama:2,256,4,259"
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Errors of one kind of key on a model wide enough for a Gaussian matrix to be ill-conditioned."""
     directory = tmp_path_factory.mktemp("wide")
     expected = run_probe("local", WIDE, directory / "local")
@@ -209,7 +216,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     measure.largest_logit = float(expected["logits"].abs().max())  # type: ignore[attr-defined]
     measure.loss = float(expected["losses"].min())  # type: ignore[attr-defined]
-    yield measure
+    return measure
 
 
 def bound(quantity: str, condition_number: float, wide: Any) -> float:

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILY_NAMES, MODELS, model_directory
 from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from helpers import FAMILY_NAMES, MODELS, model_directory
 from veiltune.config import LoraConfig
 from veiltune.errors import ModelError
-from veiltune.models.families import FAMILIES
-from veiltune.models.family import Family, Linear, find_family
+from veiltune.models.families import FAMILIES, find_family
+from veiltune.models.family import Family, Linear
 from veiltune.models.presets import PRESETS, random_config
 from veiltune.models.remote import TrunkClient, install_stubs
 from veiltune.models.skeleton import config_from_json, empty_model
@@ -86,9 +86,9 @@ def test_keys_are_one_per_side_of_a_segment(name: str) -> None:
         sides.setdefault(linear.key, set()).add(linear.side)
     assert len(sides) == 4 * LAYERS
     assert all(len(side) == 1 for side in sides.values())
-    assert {linear.key for linear in family.linears(LAYERS) if linear.path.endswith(("q_proj", "k_proj", "v_proj"))} <= {
-        f"block{block}.attention.in" for block in range(LAYERS)
-    }
+    assert {
+        linear.key for linear in family.linears(LAYERS) if linear.path.endswith(("q_proj", "k_proj", "v_proj"))
+    } <= {f"block{block}.attention.in" for block in range(LAYERS)}
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -1,8 +1,8 @@
 """What the host gets to see: nothing of the model or the text but what the design's table says, shown over recorded runs.
 
-The detector looks at every row of every tensor in the host's transcript and files (both orientations of a matrix) and reports the
-plain rows it equals, up to scale and sign, or up to the order of their entries. It is tried out on planted copies, and on runs whose
-keys are the identity, where it must find what the real keys hide.
+The detector looks at every row of every tensor in the host's transcript and files (both orientations of a matrix) and
+reports the plain rows it equals, up to scale and sign, or up to the order of their entries. It is tried out on planted
+copies, and on runs whose keys are the identity, where it must find what the real keys hide.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
 from helpers import (
     exported_adapter,
     make_config,
@@ -33,10 +37,6 @@ from helpers import (
     transcripts,
     write_examples,
 )
-from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn import functional
-
 from veiltune.config import Config, LoraConfig
 from veiltune.data import load_examples, tokenize
 from veiltune.designs import DESIGNS
@@ -98,8 +98,8 @@ def stacked(tensors: Iterable[tuple[str, Tensor]]) -> dict[int, tuple[Tensor, li
 def leaks(seen: Iterable[tuple[str, Tensor]], secrets: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Names of the secret tensors of which a row was seen: scaled (|cosine| > 0.9999), or with its entries in another order.
 
-    For the latter sorted rows are compared. Sorted rows of one distribution are all alike (cosine 0.99), so what counts is equality
-    to a thousandth.
+    For the latter sorted rows are compared. Sorted rows of one distribution are all alike (cosine 0.99), so what counts
+    is equality to a thousandth.
     """
     views, names = stacked(seen), set()
     for width, (wanted, labels) in stacked(secrets).items():
@@ -140,7 +140,11 @@ def test_the_detector_finds_planted_copies(plant: Callable[[Tensor], Tensor]) ->
 def test_the_detector_is_silent_about_rotations_products_and_strangers() -> None:
     secret = torch.randn(400, 32)
     rotation = torch.linalg.qr(torch.randn(32, 32)).Q
-    strangers = [("rotated", secret @ rotation), ("other", torch.randn(4000, 32)), ("gram", secret[:32] @ secret[:32].T)]
+    strangers = [
+        ("rotated", secret @ rotation),
+        ("other", torch.randn(4000, 32)),
+        ("gram", secret[:32] @ secret[:32].T),
+    ]
     assert leaks(strangers, [("secret", secret)]) == set()
 
 
@@ -213,8 +217,8 @@ def write_task(directory: Path) -> Path:
 def products(factors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The update that each pair of factors makes, as rows along the side that meets the key, and as one long row.
 
-    Along the other side every row is a sum of the ``rank`` rows of the factor that is in the clear: four of them span so little that
-    some are alike by accident.
+    Along the other side every row is a sum of the ``rank`` rows of the factor that is in the clear: four of them span so
+    little that some are alike by accident.
     """
     for name, value in factors.items():
         path, _, which = name.removesuffix(".weight").rpartition(".")
@@ -268,8 +272,11 @@ def secret_tensors(run: Recorded) -> list[tuple[str, Tensor]]:
             states = plain_states(model, ids, gradients=number == 0)
             found += states.items()
     final = {n.removeprefix("base_model.model."): v for n, v in exported_adapter(run.output).items()}
-    fans = {n.removesuffix(".lora_A.weight"): (v.shape[1], final[n.replace("lora_A", "lora_B")].shape[0])
-            for n, v in final.items() if "lora_A" in n}
+    fans = {
+        n.removesuffix(".lora_A.weight"): (v.shape[1], final[n.replace("lora_A", "lora_B")].shape[0])
+        for n, v in final.items()
+        if "lora_A" in n
+    }
     first = initial_factors(fans, LoraConfig(rank=4, init_seed=1), torch.float32)
     for factors in (first, final):
         for name, value in factors.items():
@@ -288,7 +295,11 @@ def test_the_host_sees_no_plain_state_weight_or_adapter(recorded: Recorded) -> N
     assert kinds(name for name, _ in secrets) == {
         "weight", "embedding", "residual", "normed", "branch", "gradient", "factor", "product",
     }  # fmt: skip
-    assert {type(message).__name__ for message in recorded.messages} >= {"SegmentForward", "SegmentBackward", "TrunkShard"}
+    assert {type(message).__name__ for message in recorded.messages} >= {
+        "SegmentForward",
+        "SegmentBackward",
+        "TrunkShard",
+    }
     assert leaks(recorded.seen, secrets) == set()
 
 
@@ -450,7 +461,15 @@ def test_tables_name_real_messages_and_real_parties(design: Any) -> None:
 
 def test_nothing_that_identifies_text_or_weights_is_listed_for_the_host() -> None:
     table = DESIGNS["obfuscatune"].reveals["host"]
-    forbidden = {"TrainBatch", "EvalBatch", "ScoreBatch", "LogitsRequest", "GenerateRequest", "WeightShard", "AdapterTensors"}
+    forbidden = {
+        "TrainBatch",
+        "EvalBatch",
+        "ScoreBatch",
+        "LogitsRequest",
+        "GenerateRequest",
+        "WeightShard",
+        "AdapterTensors",
+    }
     assert not forbidden & table.keys()
     assert forbidden - {"AdapterTensors"} <= DESIGNS["local"].reveals["host"].keys()  # where there is nothing to hide
 

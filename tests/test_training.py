@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close_sequences, exported_adapter, make_config, relative_error, tuned, write_examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import close_sequences, exported_adapter, make_config, relative_error, tuned, write_examples
 from veiltune.config import TrainConfig
 from veiltune.errors import TrainingError
 from veiltune.examples import TokenizedExample
@@ -50,7 +50,9 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 "steps": STEPS, "batch_size": 8, "optimizer": optimizer, "learning_rate": LEARNING[optimizer], "warmup_steps": 5,
             }  # fmt: skip
             tables: dict[str, Any] = {"obfuscatune": {"key_seed": 2, **options}} if design == "obfuscatune" else {}
-            known[name] = tuned(make_config(design, "llama", directory / name, data=data, train=train, **tables))["loss"]
+            known[name] = tuned(make_config(design, "llama", directory / name, data=data, train=train, **tables))[
+                "loss"
+            ]
         return known[name]
 
     return curve
@@ -120,7 +122,9 @@ def test_epochs_are_enough_steps_and_no_more(examples: int, epochs: int, batch: 
 # --- accumulation and clipping ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("design", "optimizer_at"), [("local", None), ("obfuscatune", "enclave"), ("obfuscatune", "host")])
+@pytest.mark.parametrize(
+    ("design", "optimizer_at"), [("local", None), ("obfuscatune", "enclave"), ("obfuscatune", "host")]
+)
 def test_small_batches_accumulated_equal_one_large_batch(design: str, optimizer_at: str | None, tmp_path: Path) -> None:
     """Examples of different lengths, so a mean of means would differ."""
     data = {"train": str(write_examples(tmp_path / "train.jsonl", 16))}
@@ -136,7 +140,9 @@ def test_small_batches_accumulated_equal_one_large_batch(design: str, optimizer_
     assert max(relative_error(parts_adapter[name], value) for name, value in whole_adapter.items()) < 1e-8
 
 
-@pytest.mark.parametrize(("design", "optimizer_at"), [("local", None), ("obfuscatune", "enclave"), ("obfuscatune", "host")])
+@pytest.mark.parametrize(
+    ("design", "optimizer_at"), [("local", None), ("obfuscatune", "enclave"), ("obfuscatune", "host")]
+)
 @pytest.mark.parametrize("limit", [0.05, 0.0, 1e6])
 def test_gradients_are_clipped_to_the_global_norm(
     design: str, optimizer_at: str | None, limit: float, tmp_path: Path
@@ -155,7 +161,9 @@ def test_gradients_are_clipped_to_the_global_norm(
             norms.append(fields["grad_norm"])
 
     tuned(make_config(design, "gpt2", tmp_path / "run", data=data, train=train, **tables), on_event=on_event)
-    moved = math.sqrt(sum(float(v.square().sum()) for n, v in exported_adapter(tmp_path / "run").items() if "lora_B" in n))
+    moved = math.sqrt(
+        sum(float(v.square().sum()) for n, v in exported_adapter(tmp_path / "run").items() if "lora_B" in n)
+    )
     assert norms[0] > 0.1
     assert moved == pytest.approx(0.5 * (limit if limit == 0.05 else norms[0]), rel=1e-4)
 
@@ -210,7 +218,10 @@ def forever(value: float) -> Iterator[float]:
         yield value
 
 
-@pytest.mark.parametrize(("losses", "norm", "what"), [([2.0, math.nan], 1.0, "loss"), ([2.0, math.inf], 1.0, "loss"), ([], math.nan, "gradient norm")])
+@pytest.mark.parametrize(
+    ("losses", "norm", "what"),
+    [([2.0, math.nan], 1.0, "loss"), ([2.0, math.inf], 1.0, "loss"), ([], math.nan, "gradient norm")],
+)
 def test_a_loss_that_is_not_finite_stops_the_run(losses: list[float], norm: float, what: str, tmp_path: Path) -> None:
     tuner = Answers(iter([*losses, *[1.0] * 9]), norm)
     run = trainer(tuner, tmp_path, steps=4, checkpoint_every=1, accumulate=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import helpers
 from commands import Ran, runner
 from veiltune.errors import ConfigError, ExactnessError
 from veiltune.evaluation import Verification, verify
-from veiltune.evaluation.verification import CEILINGS, DEEP, QUANTITIES, compare, relative_error, token_rows
+from veiltune.evaluation.verification import CEILINGS, DEEP_LOGITS, QUANTITIES, compare, relative_error, token_rows
 from veiltune.parties import provider
 from veiltune.results import read_result
 
@@ -133,12 +134,11 @@ def test_a_conditioned_key_keeps_to_its_own_bound_and_not_to_the_orthogonal_one(
     assert checked("opt", *CONDITIONED, against="orthogonal").failures
 
 
-def test_ceilings_are_higher_for_a_deep_model() -> None:
+def test_only_the_logits_ceiling_is_higher_for_a_deep_model() -> None:
     found = checked("random:llama:5,32,4,259", steps=1)
     found.require()
-    assert [check.ceiling for check in found.checks] == [
-        pytest.approx(DEEP * CEILINGS["float32"][check.quantity]) for check in found.checks
-    ]
+    expected = {**CEILINGS["float32"], "logits": DEEP_LOGITS}
+    assert {check.quantity: check.ceiling for check in found.checks} == pytest.approx(expected)
 
 
 def test_a_models_own_dropout_does_not_disturb_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,11 +188,14 @@ def test_a_failed_verification_is_shown_recorded_and_exits_with_5(veiltune: Any,
     assert read_result(tmp_path / "out" / "result.json").exactness.exceeded()
 
 
-def test_a_verification_that_holds_exits_with_0(veiltune: Any) -> None:
-    ran = veiltune("verify", helpers.model_directory("llama"), "--json", "--dtype", "float64", "--steps", "2")
+def test_a_verification_that_holds_exits_with_0(veiltune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = helpers.model_directory("llama")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ran = veiltune("verify", model, "--json", "--dtype", "float64", "--steps", "2")
     assert ran.code == 0
     assert ran.json["is_within"] is True
     assert "error" not in ran.json
     assert ran.json["steps"] == 2
     assert {check["quantity"] for check in ran.json["checks"]} == set(QUANTITIES)
-    assert Path(ran.err.rsplit("recorded: ", 1)[1].strip()).is_file()
+    kept = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert kept == ["result.json"], "the record stays, both runs go"

@@ -156,7 +156,7 @@ def load_config(
         raise ConfigError("the configuration lacks 'design'", hint=f"add design = …; {nearest('', options)}")
     if design not in list(options):
         raise ConfigError(f"unknown design {design!r}", hint=nearest(str(design), options))
-    tables = _design_tables(raw, options)
+    tables: dict[str, Any] = {str(design): {}, **_design_tables(raw, options)}  # its defaults are agreed on too
     raw["design_options"] = {
         name: _validated(options[name], table, prefix=f"{name}.").model_dump(mode="json")
         for name, table in tables.items()

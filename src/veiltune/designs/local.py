@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 from veiltune.checkpoints import StateStore
@@ -19,7 +20,7 @@ from veiltune.models.adapters import (
     inject_adapters,
     place_factors,
 )
-from veiltune.models.family import find_family
+from veiltune.models.families import find_family
 from veiltune.models.precision import round_between_operations
 from veiltune.models.skeleton import (
     assign_parameter,
@@ -58,6 +59,7 @@ def receive_weights(party: Party, model: Any, dtype: Any, device: Any) -> None:
 def run_host(party: Party) -> None:
     """The host of `local`: plain weights, plain text, the training engine."""
     config = party.config
+    torch.manual_seed(config.seed)  # dropout's; a new process's generator starts anywhere
     device = resolve_device(config.device)
     dtype, rounded = compute_dtype(config.dtype, device)
     card = party.links["provider"].recv_as(ModelCard)

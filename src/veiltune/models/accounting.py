@@ -32,7 +32,8 @@ from typing import Any, Literal
 from torch import nn
 
 from veiltune.errors import UserError, nearest
-from veiltune.models.family import Family, Linear, Placement, Segment, find_family
+from veiltune.models.families import find_family
+from veiltune.models.family import Family, Linear, Placement, Segment
 from veiltune.models.skeleton import empty_model
 
 Design = Literal["local", "obfuscatune"]

@@ -18,8 +18,6 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from veiltune.errors import ModelError, nearest
-
 Placement = Literal["paper", "compact"]
 
 
@@ -138,23 +136,3 @@ class Operation:
     part: Literal["whole", "inputs", "output"]
     key_in: str | None
     key_out: str | None
-
-
-def find_family(config: PretrainedConfig) -> Family:
-    """The family of a `transformers` configuration.
-
-    Raises:
-        ModelError: no family covers it, or the family refuses a feature of it.
-    """
-    from veiltune.models.families import FAMILIES
-
-    for family in FAMILIES:
-        if config.model_type in family.model_types:
-            reason = family.refuses(config)
-            if reason is not None:
-                raise ModelError(
-                    f"this {config.model_type} model cannot be protected: {reason}", hint="choose another checkpoint"
-                )
-            return family
-    known = [name for family in FAMILIES for name in family.model_types]
-    raise ModelError(f"unsupported architecture {config.model_type!r}", hint=nearest(config.model_type, known))

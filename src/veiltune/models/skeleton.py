@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from veiltune.errors import ModelError
-from veiltune.models.family import Family, find_family
+from veiltune.models.families import find_family
+from veiltune.models.family import Family
 
 
 def config_from_json(values: Mapping[str, Any]) -> Any:

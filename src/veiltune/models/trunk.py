@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from veiltune.config import LoraConfig, TrainConfig
 from veiltune.errors import ProtocolError
 from veiltune.models.adapters import adapted_linears, factor_parameters, inject_adapters, place_factors
-from veiltune.models.family import Operation, Placement, find_family
+from veiltune.models.families import find_family
+from veiltune.models.family import Operation, Placement
 from veiltune.models.precision import round_between_operations
 from veiltune.models.skeleton import assign_parameter, blocks_of, empty_model, keep_modules, require_complete
 from veiltune.transport.messages import SegmentBackward, SegmentForward

@@ -20,7 +20,8 @@ from veiltune.errors import CheckpointError, DataError, PeerLostError
 from veiltune.examples import TokenizedExample, tokenize
 from veiltune.models.adapters import save_adapter
 from veiltune.models.checkpoint import load_tokenizer
-from veiltune.models.family import Family, find_family
+from veiltune.models.families import find_family
+from veiltune.models.family import Family
 from veiltune.models.skeleton import config_from_json
 from veiltune.parties.party import Party
 from veiltune.training import COMMIT, Trainer

@@ -11,7 +11,8 @@ import torch
 
 from veiltune.errors import ModelError
 from veiltune.models.checkpoint import Checkpoint
-from veiltune.models.family import Family, find_family
+from veiltune.models.families import find_family
+from veiltune.models.family import Family
 from veiltune.models.skeleton import DTYPES, empty_model
 from veiltune.models.sources import check_memory, resolve_config, resolve_model
 from veiltune.parties.party import Party
@@ -78,7 +79,8 @@ def shards(checkpoint: Checkpoint, family: Family) -> Iterator[tuple[int, dict[s
         size = checkpoint.index[names[name]].num_bytes
         if group and (order(name)[0] != block or num_bytes + size > SHARD_BYTES):
             yield block, group
-            group, num_bytes = {}, 0
+            group = {}
+            num_bytes = 0
         group[name], block, num_bytes = names[name], order(name)[0], num_bytes + size
     yield block, group
 
@@ -135,6 +137,7 @@ def _stream(party: Party, checkpoint: Checkpoint, family: Family, trainer: str) 
                     f"tensor {name!r} of {party.config.model!r} is not finite", hint="the checkpoint is damaged"
                 )
         link.send(WeightShard(tensors, last=False))
+        del tensors
         link.recv_as(Acknowledged)
         party.report("provisioned", {"block": block, "num_blocks": num_layers})
     link.send(WeightShard({}, last=True))

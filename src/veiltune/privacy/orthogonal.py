@@ -299,7 +299,8 @@ def _haar(secret: MasterSecret, label: str, count: int, dim: int) -> Float64[Ten
     """
     factors, tau = torch.geqrf(secret.normal(f"{label}/haar", (count, dim, dim)))
     signs = torch.where(factors.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(torch.float64)
-    return torch.linalg.householder_product(factors, tau) * signs.unsqueeze(-2)
+    torch.linalg.householder_product(factors, tau, out=factors)
+    return factors.mul_(signs.unsqueeze(-2))
 
 
 KEY_KINDS: Final[dict[str, type[Key]]] = {

@@ -27,9 +27,8 @@ PARTY_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
 }
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
 def channel_options(design: Design, me: str, peer: str, observers: tuple[Any, ...]) -> ChannelOptions:
@@ -212,7 +211,7 @@ def _spawn(config: Config, start: dict[str, Any]) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             pass_fds=[*fds, start["control"]],
-            env=party_environment(config),
+            env=party_environment(config, frugal=start["job"]["native"]),
             start_new_session=True,  # Ctrl-C is the supervisor's to handle
         )
     for fd in fds:
@@ -223,13 +222,13 @@ def _spawn(config: Config, start: dict[str, Any]) -> subprocess.Popen[bytes]:
     return process
 
 
-def party_environment(config: Config) -> dict[str, str]:
+def party_environment(config: Config, *, frugal: bool = False) -> dict[str, str]:
     """A party's environment.
 
     Parties take turns on the same cores, so one that waits must not spin. Tensors come and go with every message, so freed
-    memory stays with the process instead of being given back and faulted in again.
+    memory stays with the process instead of being given back and faulted in again, unless it is to be ``frugal``.
     """
-    environment = {**PARTY_ENVIRONMENT, **os.environ}  # what the user sets wins
+    environment = {**PARTY_ENVIRONMENT, **({} if frugal else KEEP_MEMORY), **os.environ}  # what the user sets wins
     if config.session.threads is not None:
         environment["OMP_NUM_THREADS"] = str(config.session.threads)
     return environment

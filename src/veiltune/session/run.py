@@ -87,7 +87,7 @@ def _committed_step(config: Config) -> int:
     try:
         commit = json.loads(path.read_text(encoding="utf-8"))
         step, fingerprint = int(commit["step"]), commit["fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"no checkpoint to resume in {str(config.output)!r} ({type(error).__name__})", hint="start without --resume"
         ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veiltune.checkpoints import StateStore
@@ -13,7 +14,8 @@ from veiltune.designs.obfuscatune.backend import ObfuscatedBackend
 from veiltune.designs.obfuscatune.options import ObfuscaTuneOptions
 from veiltune.engine import Engine
 from veiltune.models.adapters import Keys, adapted_linears, factor_dtype, initial_factors
-from veiltune.models.family import Family, Linear, find_family
+from veiltune.models.families import find_family
+from veiltune.models.family import Family, Linear
 from veiltune.models.precision import round_between_operations
 from veiltune.models.remote import TrunkClient, install_stubs
 from veiltune.models.skeleton import (
@@ -64,6 +66,8 @@ class Enclave:
         self.num_layers = int(self.model_config.num_hidden_layers)
         self.store = StateStore(party.directory, self.config.fingerprint(), SealingKey.load_or_create(party.directory))
         self.secret = self._master_secret()
+        # Dropout's, from the secret: who could foretell its zeros would know entries of the states.
+        torch.manual_seed(int.from_bytes(self.secret.subkey("dropout")[:8], "little") >> 1)
         self.linears = list(self.family.linears(self.num_layers))
         self.keys = self._make_keys()
         self._open_key: Key | None = None

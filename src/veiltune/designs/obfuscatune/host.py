@@ -42,6 +42,7 @@ class Host:
 
     def __init__(self, party: Party, plan: TrunkPlan) -> None:
         settings = plan.settings
+        torch.manual_seed(party.config.seed)  # dropout's; a new process's generator starts anywhere
         self.device = resolve_device(party.config.device)
         self.trunk = HostTrunk(
             config_from_json(plan.config),
