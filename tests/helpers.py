@@ -68,6 +68,13 @@ As made, GPT-2 and OPT are tied and have biases everywhere, Llama and Mistral ar
 biases on Q, K and V, and Qwen3 is tied with QK-norm and heads wider than the hidden state.
 """
 
+SPECIAL_MODELS: dict[str, tuple[str, Variant]] = {
+    "gpt2-all-dropped": ("gpt2", _with(resid_pdrop=1.0)),
+    "gpt2-attention-dropped": ("gpt2", _with(attn_pdrop=1.0)),
+    "opt-all-dropped": ("opt", _with(dropout=1.0)),
+}
+"""Models whose training differs from their inference: all of a branch is dropped, so no draw is left to chance."""
+
 FAMILY_NAMES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -87,7 +94,7 @@ def own_cache() -> AbstractContextManager[Any]:
 @cache
 def model_directory(name: str) -> str:
     """The folder of a tiny random model of `MODELS`."""
-    family, change = MODELS[name]
+    family, change = (MODELS | SPECIAL_MODELS)[name]
     config = random_config(f"random:{family}:{SMALL}")
     change(config)
     directory = scratch() / name
@@ -112,7 +119,7 @@ def make_config(design: str, model: str, output: Path, **tables: Any) -> Config:
     """A configuration for tests: threads, the simulated enclave allowed, tables merged over small defaults."""
     values: dict[str, Any] = {
         "design": design,
-        "model": model_directory(model) if model in MODELS else model,
+        "model": model_directory(model) if model in MODELS | SPECIAL_MODELS else model,
         "output": str(output),
         "device": "cpu",
         "data": {"max_length": 64},

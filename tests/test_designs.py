@@ -1,301 +1,264 @@
-"""The table of designs: that it is coherent, that channels hold to it, and that a new design is a module and a line."""
+"""The table of designs: what each entry says, that channels enforce it, and one battery of jobs run over every design."""
 
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pydantic import BaseModel
-from torch import Tensor
+from safetensors.torch import load_file
+from torch.nn import functional
 
-from veiltune.config import Config, Section, load_config
-from veiltune.designs import DESIGNS, Design
-from veiltune.designs.base import ENGINE_REVEALS, OWNER_REVEALS, PROVIDER_REVEALS, Reveal
-from veiltune.errors import ConfigError, DataError, ProtocolError
-from veiltune.parties.party import Job, Party
-from veiltune.session.launch import CONTROL, channel_options, start_threads
-from veiltune.transport.channel import memory_pair
-from veiltune.transport.messages import (
-    MESSAGES,
-    CostReport,
-    CostRequest,
-    Goodbye,
-    LogitsRequest,
-    Message,
-    PartyDone,
-    PartyFailed,
-    Progress,
+from helpers import (
+    PROBE_IDS,
+    SPECIAL_MODELS,
+    local_probe,
+    make_config,
+    peft_model,
+    plain_model,
+    relative_error,
+    run,
+    run_probe,
+    worst,
+    write_examples,
 )
+from veiltune.data import collate, load_examples, tokenize
+from veiltune.designs import DESIGNS
+from veiltune.designs.obfuscatune import ObfuscaTuneOptions
+from veiltune.designs.obfuscatune.host import Host
+from veiltune.errors import ProtocolError
+from veiltune.models.presets import PAD_ID
+from veiltune.models.random_weights import byte_tokenizer
+from veiltune.parties.party import Job
+from veiltune.session import PartyFailure
+from veiltune.session.launch import channel_options
+from veiltune.transport.channel import memory_pair
+from veiltune.transport.messages import MESSAGES, Factors, Forget, OptimizerStep, TrainBatch, TrunkShard
 
-designs = pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
-LINKS = [(design, *link) for design in DESIGNS.values() for link in design.links]
-links = pytest.mark.parametrize(("design", "a", "b"), LINKS, ids=[f"{d.name}-{a}-{b}" for d, a, b in LINKS])
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "local": ("local", {}),
+    "compact-enclave": ("obfuscatune", {"placement": "compact", "optimizer_at": "enclave"}),
+    "compact-host": ("obfuscatune", {"placement": "compact", "optimizer_at": "host"}),
+    "paper-enclave": ("obfuscatune", {"placement": "paper", "optimizer_at": "enclave"}),
+    "paper-host": ("obfuscatune", {"placement": "paper", "optimizer_at": "host"}),
+}
+"""Every design, and every way it divides the work: a new design gets its lines here."""
+
+settings_of = pytest.mark.parametrize("setting", SETTINGS)
+
+
+def tables(setting: str) -> dict[str, Any]:
+    design, options = SETTINGS[setting]
+    return {design: options} if options else {}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def test_designs_are_found_by_their_own_names() -> None:
-    assert all(design.name == name for name, design in DESIGNS.items())
-    assert {"local", "obfuscatune"} <= DESIGNS.keys()
+def test_every_design_is_in_the_battery() -> None:
+    assert {design for design, _ in SETTINGS.values()} == DESIGNS.keys()
+    assert all(name == design.name for name, design in DESIGNS.items())
 
 
-@designs
-def test_links_join_roles_and_every_end_has_a_table(design: Design) -> None:
-    for a, b in design.links:
-        assert a in design.roles
-        assert b in design.roles
-        assert a != b
-        assert a in design.reveals
-        assert b in design.reveals
-    pairs = [frozenset(link) for link in design.links]
-    assert len(pairs) == len(set(pairs)), "two parties have one link"
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
+def test_tables_name_real_messages_and_real_parties(design: Any) -> None:
+    assert design.reveals.keys() == design.roles.keys()
+    assert {role for link in design.links for role in link} == design.roles.keys()
     assert design.data_plane in design.links
-
-
-@designs
-def test_trainer_and_enclaves_are_roles_and_the_owner_reaches_the_trainer(design: Design) -> None:
     assert design.trainer in design.roles
     assert design.enclaves <= design.roles.keys()
-    assert ("owner", design.trainer) in design.links
-    assert ("provider", design.trainer) in design.links
-    assert not {"owner", "provider", "host"} & design.enclaves
-    assert design.also_sees.keys() <= design.roles.keys()
-
-
-@designs
-def test_every_kind_that_is_listed_is_a_message(design: Design) -> None:
     for observer, table in design.reveals.items():
-        assert observer in design.roles
-        assert table.keys() <= MESSAGES.keys()
-        assert all(reveal.what.strip() for reveal in table.values())
+        assert table.keys() <= MESSAGES.keys(), observer
+        assert all(reveal.what and reveal.form in {"public", "clear", "masked", "control"} for reveal in table.values())
         assert design.may_receive(observer) == frozenset(table)
 
 
-@designs
-def test_nobody_gets_what_only_the_supervisor_may(design: Design) -> None:
-    private = {"Progress", "PartyDone", "PartyFailed", "Interrupt"}
-    assert not any(private & table.keys() for table in design.reveals.values())
+def test_nothing_that_identifies_text_or_weights_is_listed_for_the_host() -> None:
+    table = DESIGNS["obfuscatune"].reveals["host"]
+    forbidden = {
+        "TrainBatch",
+        "EvalBatch",
+        "ScoreBatch",
+        "LogitsRequest",
+        "GenerateRequest",
+        "WeightShard",
+        "AdapterTensors",
+    }
+    assert not forbidden & table.keys()
+    assert forbidden - {"AdapterTensors"} <= DESIGNS["local"].reveals["host"].keys()  # where there is nothing to hide
 
 
-@designs
-def test_only_the_trainers_table_lists_text_and_plain_weights(design: Design) -> None:
-    plain = {"TrainBatch", "EvalBatch", "ScoreBatch", "LogitsRequest", "GenerateRequest", "WeightShard"}
-    for observer, table in design.reveals.items():
-        assert plain <= table.keys() if observer == design.trainer else not plain & table.keys(), observer
-
-
-def test_common_tables_are_part_of_every_designs() -> None:
-    for design in DESIGNS.values():
-        assert design.reveals["owner"].items() >= OWNER_REVEALS.items()
-        assert design.reveals["provider"].items() >= PROVIDER_REVEALS.items()
-        assert design.reveals[design.trainer].items() >= ENGINE_REVEALS.items()
-
-
-@designs
-def test_options_are_a_section_with_defaults_and_refuse_unknown_keys(design: Design) -> None:
-    assert issubclass(design.options, Section)
-    assert design.is_exact(design.options())
-    with pytest.raises(ValueError, match="Extra inputs"):
-        design.options.model_validate({"no_such_option": 1})
-
-
-def test_the_naive_key_is_not_claimed_exact() -> None:
+def without(kind: str, observer: str) -> Any:
     design = DESIGNS["obfuscatune"]
-    assert not design.is_exact(design.options.model_validate({"matrix": "gaussian"}))
-    assert design.is_exact(design.options.model_validate({"matrix": "butterfly"}))
+    table = {name: reveal for name, reveal in design.reveals[observer].items() if name != kind}
+    return dataclasses.replace(design, reveals={**design.reveals, observer: table})
 
 
-# --- channels hold to it ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["SegmentForward", "TrunkShard", "Factors"])
+def test_a_message_that_is_not_listed_stops_the_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DESIGNS, "obfuscatune", without(kind, "host"))
+    with pytest.raises(PartyFailure, match=f"the enclave may not send {kind} to the host") as caught:
+        run_probe("obfuscatune", "gpt2", tmp_path / "run")
+    assert caught.value.kind == "ProtocolError"
+    assert caught.value.exit_code == ProtocolError.exit_code
 
 
-def value_of(hint: Any) -> Any:
-    """Some value of a message's field, by its annotation."""
-    origin = typing.get_origin(hint)
-    if origin in {typing.Union, types.UnionType}:
-        return None
-    if origin is tuple:
-        return (value_of(typing.get_args(hint)[0]),)
-    if origin is dict:
-        return {"a": value_of(typing.get_args(hint)[1])} if typing.get_args(hint)[1] is Tensor else {"a": 1}
-    return {int: 1, float: 0.5, bool: True, str: "a", bytes: b"a", Tensor: torch.ones(2)}[hint]
+def test_both_ends_of_a_link_refuse_what_is_not_listed() -> None:
+    full, short = DESIGNS["obfuscatune"], without("Factors", "host")
+    batch = TrainBatch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), torch.zeros(1, 2), 1)
+
+    def link(sender: Any, receiver: Any) -> tuple[Any, Any]:
+        return memory_pair(
+            "enclave",
+            "host",
+            a_options=channel_options(sender, "enclave", "host", ()),
+            b_options=channel_options(receiver, "host", "enclave", ()),
+        )
+
+    enclave, host = link(full, full)
+    enclave.send(Factors({"a": torch.ones(2)}))
+    assert isinstance(host.recv(timeout=1), Factors)
+    with pytest.raises(ProtocolError, match="the enclave may not send TrainBatch to the host"):
+        enclave.send(batch)
+    with pytest.raises(ProtocolError, match="the host may not send TrunkShard to the enclave"):
+        host.send(TrunkShard({}))
+    enclave.send(Forget(0))  # a refusal leaves the link usable
+    assert isinstance(host.recv(timeout=1), Forget)
+
+    enclave, host = link(short, full)
+    with pytest.raises(ProtocolError, match="may not send Factors"):
+        enclave.send(Factors({}))
+    enclave, host = link(full, short)
+    enclave.send(Factors({}))
+    with pytest.raises(ProtocolError, match="the host may not receive Factors"):
+        host.recv(timeout=1)
 
 
-def sample(kind: type[Message]) -> Message:
-    hints = typing.get_type_hints(kind)
-    return kind(**{field.name: value_of(hints[field.name]) for field in dataclasses.fields(kind)})
+# --- one battery over every design ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", MESSAGES.values(), ids=MESSAGES)
-def test_an_open_link_carries_every_message(kind: type[Message]) -> None:
-    """The control of the two tests below: what is refused there is refused for its kind alone."""
-    left, right = memory_pair("a", "b")
-    left.send(sample(kind))
-    assert type(right.recv(timeout=1)) is kind
+@settings_of
+def test_tuning_ends_with_an_adapter_that_gives_the_protected_models_logits(setting: str, tmp_path: Path) -> None:
+    """On the plain model by PEFT alone, side by side and merged in; then the same run generates and is probed again."""
+    model = "gpt2" if "compact" in setting else "qwen3"
+    data = {"train": str(write_examples(tmp_path / "train.jsonl", 8))}
+    train = {"steps": 4, "optimizer": "adamw", "learning_rate": 1e-2}
+    output = tmp_path / "run"
+    config = make_config(
+        SETTINGS[setting][0], model, output, data=data, train=train, lora={"alpha": 12.0}, **tables(setting)
+    )
+    run(config, "tune")
+    run(config, Job(verb="probe", probe={"input_ids": PROBE_IDS, "steps": 1}), resume=True)
+    protected = load_file(output / "parties" / "owner" / "probe.safetensors")["logits"]
+    ids = torch.tensor(PROBE_IDS)
+    with torch.no_grad():
+        joined = peft_model(model, output)(input_ids=ids).logits
+        merged = peft_model(model, output).merge_and_unload()(input_ids=ids).logits
+        plain = plain_model(model)(input_ids=ids).logits
+    assert relative_error(joined, protected) < 1e-5
+    assert relative_error(merged, protected) < 1e-5
+    assert relative_error(plain, protected) > 1e-2, "the adapter does nothing, so this shows nothing"
+    job = Job(verb="generate", prompt="Hi", settings={"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8})
+    tokens = run(config, job, resume=True).owner["generated"]["tokens"]
+    prompt = torch.tensor([list(b"user: Hi\nassistant: ")])
+    with torch.no_grad():
+        expected = peft_model(model, output).generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), **job.settings
+        )
+    assert tokens == expected[0, prompt.shape[1] :].tolist()
 
 
-@links
-def test_a_sender_sends_what_its_peers_table_lists_and_nothing_else(design: Design, a: str, b: str) -> None:
-    for me, peer in ((a, b), (b, a)):
-        mine, theirs = memory_pair(me, peer, a_options=channel_options(design, me, peer, ()))
-        for name, kind in MESSAGES.items():
-            if name in design.reveals[peer]:
-                mine.send(sample(kind))
-                assert type(theirs.recv(timeout=1)) is kind
-            else:
-                with pytest.raises(ProtocolError, match=f"the {me} may not send {name} to the {peer}"):
-                    mine.send(sample(kind))
-                assert not theirs.poll(), "nothing has left"
+@settings_of
+@pytest.mark.parametrize(("model", "targets"), [("llama", ("q_proj", "down_proj")), ("gpt2", ("c_proj",))])
+def test_adapting_some_linears_is_as_exact(setting: str, model: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    lora = {"targets": list(targets)}
+    expected = run_probe("local", model, tmp_path / "local", lora=lora)
+    actual = run_probe(SETTINGS[setting][0], model, tmp_path / "run", lora=lora, **tables(setting))
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in expected if "lora_" in name} == set(targets)
+    assert relative_error(actual["logits_tuned"], expected["logits_tuned"]) < 1e-5
+    assert worst(actual, expected, "gradient:") < 1e-4
+    assert relative_error(expected["logits_tuned"], local_probe(model, "float32")["logits_tuned"]) > 1e-4
 
 
-@links
-def test_a_receiver_refuses_what_its_own_table_lacks_whatever_the_sender_thinks(design: Design, a: str, b: str) -> None:
-    for me, peer in ((a, b), (b, a)):
-        for name, kind in MESSAGES.items():
-            mine, theirs = memory_pair(me, peer, a_options=channel_options(design, me, peer, ()))
-            theirs.send(sample(kind))
-            if name in design.reveals[me]:
-                assert type(mine.recv(timeout=1)) is kind
-            else:
-                with pytest.raises(ProtocolError, match=f"from the {peer}: the {me} may not receive {name}"):
-                    mine.recv(timeout=1)
-
-
-# --- a new design -----------------------------------------------------------------------------------------------------
-
-
-class EchoOptions(Section):
-    """Options of the design below."""
-
-    times: int = 2
-
-
-def ask(party: Party) -> None:
-    """Ask as often as the options say, and count the answers."""
-    answers = 0
-    for _ in range(typing.cast("EchoOptions", party.options).times):
-        party.links["echo"].send(CostRequest())
-        answers += party.links["echo"].recv_as(CostReport).figures["one"]
-    party.links["echo"].send(Goodbye())
-    party.figures["answers"] = answers
-    party.report("counted", {"answers": answers})
-
-
-def echo(party: Party) -> None:
-    """Answer until the other is done."""
-    while not isinstance(party.links["owner"].recv(), Goodbye):
-        party.links["owner"].send(CostReport({"one": 1}))
-
-
-def _exact(_: BaseModel) -> bool:
-    return True
-
-
-ECHO = Design(
-    name="echo",
-    summary="for this test",
-    options=EchoOptions,
-    roles={"owner": ask, "echo": echo},
-    links=(("owner", "echo"),),
-    data_plane=("owner", "echo"),
-    trainer="echo",
-    enclaves=frozenset(),
-    reveals={
-        "owner": {"CostReport": Reveal("a one", "public")},
-        "echo": {"CostRequest": Reveal("that one is asked for", "control"), "Goodbye": Reveal("the end", "control")},
-    },
-    also_sees={},
-    exactness="none is needed",
-    is_exact=_exact,
-)
-
-
-def started(design: Design, output: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> dict[str, list[Message]]:
-    """Everything each party told the supervisor, to its end."""
-    monkeypatch.setitem(DESIGNS, design.name, design)
-    options = {name: each.options for name, each in DESIGNS.items()}
-    raw = {"design": design.name, "model": "none", "output": str(output), **values}
-    config: Config = load_config(raw, options=options)
-    told: dict[str, list[Message]] = {}
-    parties = start_threads(config, Job(verb="provision"))
-    for running in parties:
-        assert running.control.peer == running.role
-        assert running.control.me == CONTROL
-        told[running.role] = [running.control.recv(timeout=10)]
-        while isinstance(told[running.role][-1], Progress):
-            told[running.role].append(running.control.recv(timeout=10))
-    for running in parties:
-        running.stop(grace_seconds=10)
-        assert running.thread is not None
-        assert not running.thread.is_alive()
-    return told
-
-
-@pytest.mark.parametrize("times", [None, 0, 3])
-def test_a_new_line_in_the_table_makes_a_session(
-    times: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@settings_of
+@pytest.mark.parametrize("model", SPECIAL_MODELS)
+def test_a_models_own_dropout_acts_in_training_as_in_transformers_and_nowhere_else(
+    setting: str, model: str, tmp_path: Path
 ) -> None:
-    tables = {} if times is None else {"echo": {"times": times}}
-    expected = 2 if times is None else times
-    told = started(ECHO, tmp_path / "run", monkeypatch, **tables)
-    report, end = told["owner"]
-    assert report == Progress("counted", {"role": "owner", "answers": expected})
-    assert isinstance(end, PartyDone)
-    assert end.fields["answers"] == expected
-    traffic = end.fields["traffic"]
-    assert traffic["owner->echo"].get("CostRequest", {}).get("messages", 0) == expected
-    assert traffic["owner->echo"]["Goodbye"]["messages"] == 1
-    (echoed,) = told["echo"]
-    assert isinstance(echoed, PartyDone)
-    assert (tmp_path / "run" / "parties" / "owner").is_dir()
-    assert (tmp_path / "run" / "parties" / "echo").is_dir()
+    """Everything is dropped, so nothing is left to chance: training loses the branches, evaluation loses nothing."""
+    path = write_examples(tmp_path / "examples.jsonl", 4)
+    data = {"train": str(path), "validation": str(path)}
+    train = {"steps": 1, "warmup_steps": 1, "evaluate_every": 1}  # the first rate of a warm-up is zero
+    config = make_config(SETTINGS[setting][0], model, tmp_path / "run", data=data, train=train, **tables(setting))
+    history = run(config, "tune").owner["history"]
+    examples = [tokenize(example, byte_tokenizer(), 64) for example in load_examples(str(path))]
+    batch = collate(examples, PAD_ID)
+    plain = plain_model(model)
+    expected = []
+    for training in (True, False):
+        with torch.no_grad():
+            logits = plain.train(training)(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
+                :, :-1
+            ]
+        expected.append(float(functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())))
+    assert abs(expected[0] - expected[1]) > 1e-3, "dropout does nothing here, so this shows nothing"
+    assert history["loss"] == [pytest.approx(expected[0], rel=2e-6)]
+    assert history["validation_loss"][0][1] == pytest.approx(expected[1], rel=2e-6)
 
 
-def test_its_options_are_checked_as_any_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'echo\.tims'") as caught:
-        started(ECHO, tmp_path, monkeypatch, echo={"tims": 3})
-    assert "'times'" in str(caught.value.hint)
+@settings_of
+def test_what_crosses_is_counted_and_nothing_else_crosses(setting: str, tmp_path: Path) -> None:
+    design = DESIGNS[SETTINGS[setting][0]]
+    config = make_config(design.name, "opt", tmp_path / "run", **tables(setting))
+    outcome = run(config, Job(verb="probe", probe={"input_ids": [[1, 2, 3]], "steps": 1}))
+    linked = {f"{a}->{b}" for pair in design.links for a, b in (pair, pair[::-1])}
+    assert outcome.traffic.keys() == linked
+    for pair, kinds in outcome.traffic.items():
+        assert kinds.keys() <= design.may_receive(pair.partition("->")[2]), pair
+        assert all(counts["messages"] > 0 and counts["bytes"] >= 64 for counts in kinds.values())
+    assert outcome.figures.keys() == design.roles.keys()
+    assert outcome.owner.get("enclave") == ("simulated" if design.enclaves else None)
+    json.dumps(outcome.figures)  # plain figures, ready for the record
 
 
-def changed(role: str, run: Callable[[Party], None]) -> Design:
-    return dataclasses.replace(ECHO, roles={**ECHO.roles, role: run})
+def test_the_paper_placement_crosses_twice_as_often(tmp_path: Path) -> None:
+    """Each way and pass: four operations a block instead of two."""
+    counts = {}
+    for placement in ("compact", "paper"):
+        config = make_config("obfuscatune", "gpt2", tmp_path / placement, obfuscatune={"placement": placement})
+        traffic = run(config, Job(verb="probe", probe={"input_ids": [[1, 2, 3]], "steps": 1})).traffic
+        counts[placement] = [
+            traffic["enclave->host"][kind]["messages"] for kind in ("SegmentForward", "SegmentBackward")
+        ]
+    assert counts["paper"] == [2 * count for count in counts["compact"]]
+    assert counts["compact"] == [3 * 2 * 2, 2 * 2]  # two blocks of two segments; logits, a step's forward, logits again
 
 
-def test_a_party_that_sends_what_is_not_listed_fails_and_its_peer_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def leak(party: Party) -> None:
-        party.links["echo"].send(LogitsRequest(torch.ones(1, 1), torch.ones(1, 1)))
-
-    told = started(changed("owner", leak), tmp_path, monkeypatch)
-    (end,) = told["owner"]
-    assert isinstance(end, PartyFailed)
-    assert (end.error, end.exit_code) == ("ProtocolError", ProtocolError.exit_code)
-    assert end.message == "the owner may not send LogitsRequest to the echo"
-    (peers_end,) = told["echo"]
-    assert isinstance(peers_end, PartyFailed)
-    assert peers_end.error == "PeerLostError"
+@settings_of
+def test_provisioning_places_the_model_and_ends(setting: str, tmp_path: Path) -> None:
+    design = DESIGNS[SETTINGS[setting][0]]
+    outcome = run(make_config(design.name, "llama", tmp_path / "run", **tables(setting)), "provision")
+    assert outcome.figures.keys() == design.roles.keys()
+    crossed = {kind for kinds in outcome.traffic.values() for kind in kinds}
+    assert "WeightShard" in crossed
+    assert not crossed & {"TrainBatch", "LogitsRequest", "SegmentForward"}
 
 
-def test_a_deliberate_error_is_told_whole_and_a_foreign_one_by_its_type_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def deliberate(_: Party) -> None:
-        raise DataError("line 3 is empty", hint="remove it")
+# --- obfuscatune's own ------------------------------------------------------------------------------------------------
 
-    def foreign(_: Party) -> None:
-        raise KeyError("the text of the owner")
 
-    (end,) = started(changed("owner", deliberate), tmp_path / "a", monkeypatch)["owner"]
-    assert end == PartyFailed("DataError", "line 3 is empty", "remove it", DataError.exit_code)
-    (end,) = started(changed("owner", foreign), tmp_path / "b", monkeypatch)["owner"]
-    assert isinstance(end, PartyFailed)
-    assert end.error == "InternalError"
-    assert "KeyError" in end.message
-    assert "text of the owner" not in f"{end.message} {end.hint}"
+def test_a_host_without_the_optimiser_refuses_to_step() -> None:
+    host = object.__new__(Host)
+    host.optimizer = None
+    with pytest.raises(ProtocolError, match="has no optimiser"):
+        host._step(OptimizerStep(0.1, 1.0))
+
+
+@pytest.mark.parametrize("matrix", ["gaussian", "conditioned", "butterfly", "orthogonal"])
+def test_exactness_is_claimed_for_every_key_but_the_naive_one(matrix: str) -> None:
+    options = ObfuscaTuneOptions(matrix=matrix, condition_number=8.0 if matrix == "conditioned" else None)
+    assert DESIGNS["obfuscatune"].is_exact(options) == (matrix != "gaussian")
+    assert DESIGNS["local"].is_exact(DESIGNS["local"].options())

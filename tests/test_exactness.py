@@ -107,10 +107,8 @@ def peft_twin(model: str, dtype: torch.dtype) -> Any:
         for name, value in wrapped.named_parameters()
         if name.endswith("lora_A.default.weight")
     }
-    fans = {
-        path: (value.shape[1], wrapped.get_submodule(f"base_model.model.{path}").out_features)
-        for path, value in layers.items()
-    }
+    inner: Any = wrapped.base_model.model
+    fans = {path: (int(value.shape[1]), int(inner.get_submodule(path).out_features)) for path, value in layers.items()}
     first = initial_factors(fans, LoraConfig(rank=4, init_seed=1), dtype)
     with torch.no_grad():
         for path, value in layers.items():
@@ -166,7 +164,7 @@ def plain_generation(model: str, settings: dict[str, Any]) -> list[int]:
     from transformers import AutoTokenizer
 
     plain = plain_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(plain.name_or_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(plain.name_or_path)
     turns = [{"role": "user", "content": PROMPT}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -267,7 +265,7 @@ def test_under_bfloat16_the_orthogonal_key_serves_and_the_gaussian_does_not(tmp_
 # --- with the keys off, the host's inputs are the plain model's -------------------------------------------------------
 
 
-def seen_by_host(model: str, placement: str, output: Path) -> list[Tensor]:
+def seen_by_host(model: str, placement: Any, output: Path) -> list[Tensor]:
     """Masked states of one forward pass without gradients: what entered each input-side operation."""
     options = {"session": {"record": ["host"]}, "obfuscatune": {"placement": placement}}
     run_probe("obfuscatune", model, output, **options)

@@ -203,6 +203,16 @@ def test_dropout_is_not_idle_in_these_runs_and_follows_the_seed(tmp_path: Path, 
     assert again == losses[1]
 
 
+def test_ctrl_c_while_progress_is_shown_counts_as_well(tmp_path: Path, data: Path) -> None:
+    def on_event(_: Session, name: str, fields: dict[str, Any]) -> None:
+        if name == "step" and fields["step"] == 2:
+            raise KeyboardInterrupt
+
+    outcome = run_with(config_for(tmp_path / "run", data, steps=1000), Job(verb="tune"), on_event)
+    assert outcome.interrupted
+    assert 2 <= committed(tmp_path / "run")["step"] < 1000
+
+
 def test_a_second_interruption_stops_at_once(tmp_path: Path, data: Path) -> None:
     config = config_for(tmp_path / "run", data, steps=100_000)
     seen = 0

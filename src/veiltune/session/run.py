@@ -116,6 +116,7 @@ class Session:
         self._inbox: queue.Queue[tuple[str, Message | None]] = queue.Queue()
         self._parties: dict[str, Running] = {}
         self._step = 0
+        self._interrupted = False
 
     def run(self) -> Outcome:
         """Start the parties and wait for all of them.
@@ -155,16 +156,11 @@ class Session:
             self._inbox.put((running.role, None))
 
     def _watch(self) -> None:
-        interrupted = False
         while len(self.outcome.figures) < len(self._parties):
             try:
                 role, message = self._inbox.get()
             except KeyboardInterrupt:
-                if interrupted:
-                    raise
-                interrupted = True
-                self.on_event("interrupting", {"step": self._step})
-                self._parties["owner"].control.send(Interrupt())
+                self._interrupt()
                 continue
             if isinstance(message, Progress):
                 self._progress(message)
@@ -176,7 +172,18 @@ class Session:
     def _progress(self, message: Progress) -> None:
         if message.event == "step":
             self._step = int(message.fields["step"])
-        self.on_event(message.event, dict(message.fields))
+        try:
+            self.on_event(message.event, dict(message.fields))
+        except KeyboardInterrupt:  # it came while the display was drawn
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Have the owner save and stop; asked again, stop at once."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        self.on_event("interrupting", {"step": self._step})
+        self._parties["owner"].control.send(Interrupt())
 
     def _cause(self, role: str, message: Message | None) -> VeiltuneError:
         """The failure that explains the others: a death or an error of its own before a lost peer."""
