@@ -20,6 +20,7 @@ from veiltune.errors import ConfigError
 from veiltune.models.adapters import (
     ADAPTER,
     adapted_linears,
+    factor_dtype,
     factor_parameters,
     initial_factors,
     inject_adapters,
@@ -265,6 +266,11 @@ def test_first_factors_in_a_narrow_dtype_are_the_wide_ones_rounded() -> None:
     lora = LoraConfig(rank=2, init_seed=1)
     exact = initial_factors(WIDE, lora, torch.float64)["a.lora_A"]
     assert torch.equal(initial_factors(WIDE, lora, torch.float32)["a.lora_A"], exact.float())
+
+
+def test_factors_are_never_half_precision() -> None:
+    assert {factor_dtype(each) for each in (torch.bfloat16, torch.float16, torch.float32)} == {torch.float32}
+    assert factor_dtype(torch.float64) == torch.float64
 
 
 # --- in a model, and on disk ------------------------------------------------------------------------------------------

@@ -394,7 +394,8 @@ def test_a_party_that_is_killed_stops_the_others_and_the_run_resumes_exactly(
     assert pids.keys() == DESIGNS["obfuscatune"].roles.keys()
     assert all(is_gone(pid) for pid in pids.values())
     done = committed(tmp_path / "run")["step"]
-    assert 4 <= done < 60
+    assert 4 <= done <= 60
+    assert done < 60 or role == "provider"  # whom nobody needs until the end
     history = tuned(config_for(tmp_path / "run", data, **options), resume=True)
     assert history["loss"] == losses, "bit for bit"
 
