@@ -182,4 +182,4 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], train: TrainConfig) -
     values = list(parameters.values())
     if train.optimizer == "sgd":
         return torch.optim.SGD(values, lr=train.learning_rate, weight_decay=train.weight_decay)
-    return torch.optim.AdamW(values, lr=train.learning_rate, weight_decay=train.weight_decay)
+    return torch.optim.AdamW(values, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)

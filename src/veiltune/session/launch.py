@@ -24,7 +24,7 @@ from veiltune.transport.transcript import Meter, Transcript
 
 CONTROL = "supervisor"
 PARTY_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "20000",
+    "GOMP_SPINCOUNT": "100000",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
