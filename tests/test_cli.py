@@ -112,7 +112,7 @@ def test_set_overrides_the_file(veiltune: Any, tmp_path: Path) -> None:
 def test_ctrl_c_saves_and_resume_goes_on_as_if_nothing_had_been(veiltune: Any, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    changes = {"design": "local", "lora__init_seed": 3, "train__steps": STEPS}
+    changes: dict[str, Any] = {"design": "local", "lora__init_seed": 3, "train__steps": STEPS}
     config = write_config(tmp_path / "a", **changes)
     with outside(["tune", str(config)]) as process:
         assert process.stderr is not None

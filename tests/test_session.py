@@ -91,6 +91,14 @@ def committed(output: Path) -> dict[str, Any]:
 # --- the output directory ---------------------------------------------------------------------------------------------
 
 
+def test_a_transcript_of_nobody_is_refused(tmp_path: Path, data: Path) -> None:
+    config = config_for(tmp_path / "run", data, session={"record": ["hots"]})
+    with pytest.raises(ConfigError, match="'hots'") as raised:
+        run(config, "tune")
+    assert "'host'" in str(raised.value.hint)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_output_directory_is_not_overwritten_unasked(tmp_path: Path, data: Path) -> None:
     config = config_for(tmp_path / "run", data)
     prepare_output(config, resume=False, overwrite=False)

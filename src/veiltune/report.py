@@ -20,7 +20,6 @@ from veiltune.results import Measurement, RunResult, Spread
 
 Results = Mapping[str, RunResult]
 """Records by the label that a person knows them by; the order is the order of columns."""
-
 Row = tuple[str, list[str]]
 
 NOTHING = "-"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from veiltune.config import Config
-from veiltune.errors import CheckpointError, ConfigError, PeerLostError, ProtocolError, VeiltuneError
+from veiltune.designs import DESIGNS
+from veiltune.errors import CheckpointError, ConfigError, PeerLostError, ProtocolError, VeiltuneError, nearest
 from veiltune.parties.party import Job
 from veiltune.results import write_json
 from veiltune.session.launch import Running, start_processes, start_threads
@@ -62,10 +63,13 @@ def prepare_output(config: Config, *, resume: bool, overwrite: bool) -> int | No
     """Make the output directory ready; returns the step to resume from.
 
     Raises:
-        ConfigError: it exists and neither ``resume`` nor ``overwrite`` was asked for.
+        ConfigError: it exists and neither ``resume`` nor ``overwrite`` was asked for; or a transcript is asked of nobody.
         CheckpointError: ``resume`` was, and there is no checkpoint of this configuration.
     """
     output = Path(config.output)
+    for observer in config.session.record:
+        if observer not in (roles := DESIGNS[config.design].roles):
+            raise ConfigError(f"session.record names no party: {observer!r}", hint=nearest(observer, roles))
     if resume:
         return _committed_step(config)
     if output.exists() and any(output.iterdir()):

@@ -27,7 +27,7 @@ from veiltune.transport.channel import ChannelOptions
 from veiltune.transport.frame import Frame
 from veiltune.transport.stream import SocketChannel
 
-DEFAULT_ARENA_BYTES = 64 << 20
+DEFAULT_ARENA_BYTES = 16 << 20
 _PAGE_BYTES = 4096
 _MEMORY_DIRECTORY = Path("/dev/shm")  # noqa: S108 - only with mkstemp, and unlinked at once
 _COUNTER = 8  # index of a 64-bit word, in a cache line of its own
