@@ -49,7 +49,7 @@ def _one(design: str, dtype: str, options: dict[str, Any], steps: int, limit: in
 
 def measure(quick: bool) -> list[Row]:
     """Every kind of key in both dtypes, and no key at all."""
-    steps, limit = (2, 8) if quick else (10, 80)
+    steps, limit = (2, 8) if quick else (6, 48)
     rows: list[Row] = []
     reference: Tensor | None = None
     for dtype in ("float32", "bfloat16"):
