@@ -28,6 +28,7 @@ PARTY_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
+GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}  # said outright, it does not grow with use
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
@@ -228,7 +229,7 @@ def party_environment(config: Config, *, frugal: bool = False) -> dict[str, str]
     Parties take turns on the same cores, so one that waits must not spin. Tensors come and go with every message, so freed
     memory stays with the process instead of being given back and faulted in again, unless it is to be ``frugal``.
     """
-    environment = {**PARTY_ENVIRONMENT, **({} if frugal else KEEP_MEMORY), **os.environ}  # what the user sets wins
+    environment = {**PARTY_ENVIRONMENT, **(GIVE_MEMORY_BACK if frugal else KEEP_MEMORY), **os.environ}  # what the user sets wins
     if config.session.threads is not None:
         environment["OMP_NUM_THREADS"] = str(config.session.threads)
     return environment
