@@ -229,7 +229,8 @@ def party_environment(config: Config, *, frugal: bool = False) -> dict[str, str]
     Parties take turns on the same cores, so one that waits must not spin. Tensors come and go with every message, so freed
     memory stays with the process instead of being given back and faulted in again, unless it is to be ``frugal``.
     """
-    environment = {**PARTY_ENVIRONMENT, **(GIVE_MEMORY_BACK if frugal else KEEP_MEMORY), **os.environ}  # what the user sets wins
+    ours = {**PARTY_ENVIRONMENT, **(GIVE_MEMORY_BACK if frugal else KEEP_MEMORY)}
+    environment = {**ours, **os.environ}  # what the user sets wins
     if config.session.threads is not None:
         environment["OMP_NUM_THREADS"] = str(config.session.threads)
     return environment
