@@ -25,7 +25,6 @@ models, and one of parameters: the enclave's share of arithmetic is larger (see 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +32,7 @@ from torch import nn
 
 from veiltune.errors import UserError, nearest
 from veiltune.models.families import find_family
-from veiltune.models.family import Family, Linear, Placement, Segment
+from veiltune.models.family import Family, Linear, Placement
 from veiltune.models.skeleton import empty_model
 
 Design = Literal["local", "obfuscatune"]
@@ -239,15 +238,8 @@ def _clear(family: Family, num_layers: int, placement: Placement) -> set[str]:
     """Names of what `obfuscatune`'s host holds as it is (names that a model lacks do no harm)."""
     clear = {f"{linear.path}.bias" for linear in family.linears(num_layers) if linear.side == "input"}
     if placement == "compact":
-        clear |= {f"{path}.weight" for _, path in _exposed(family, num_layers)}
+        clear |= {f"{path}.weight" for _, path in family.exposed(num_layers)}
     return clear
-
-
-def _exposed(family: Family, num_layers: int) -> Iterator[tuple[Segment, str]]:
-    for block in range(num_layers):
-        for segment in family.segments:
-            for path in segment.exposed:
-                yield segment, f"{family.blocks}.{block}.{path}"
 
 
 def _kinds(model: Any, config: Any) -> dict[str, str]:
@@ -264,7 +256,7 @@ def _kinds(model: Any, config: Any) -> dict[str, str]:
         title = _SEGMENT_TITLES[linear.key.split(".")[1]]
         kinds[f"{linear.path}.weight"] = f"{title} {linear.side} weights"
         kinds[f"{linear.path}.bias"] = f"{title} {linear.side} biases"
-    for segment, path in _exposed(family, layers):
+    for segment, path in family.exposed(layers):
         kinds[f"{path}.weight"] = f"{_SEGMENT_TITLES[segment.name]} inner norms"
     names = {id(module): path for path, module in model.named_modules()}
     embedding, head = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]

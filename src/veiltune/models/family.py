@@ -103,6 +103,13 @@ class Family:
                     yield Linear(f"{self.blocks}.{block}.{path}", "input", f"{key}.in")
                 yield Linear(f"{self.blocks}.{block}.{segment.output}", "output", f"{key}.out")
 
+    def exposed(self, num_layers: int) -> Iterator[tuple[Segment, str]]:
+        """Paths of the other modules with parameters inside segments (QK-norms), with the segment each is in."""
+        for block in range(num_layers):
+            for segment in self.segments:
+                for path in segment.exposed:
+                    yield segment, f"{self.blocks}.{block}.{path}"
+
     def operations(self, num_layers: int, placement: Placement) -> tuple[Operation, ...]:
         """What the host is asked to compute, in the order of a pass: 2 a block when compact, 4 as in the paper."""
         made: list[Operation] = []

@@ -55,11 +55,6 @@ def blocks_of(model: nn.Module, family: Family) -> list[nn.Module]:
     return list(model.get_submodule(family.blocks).children())
 
 
-def linear_bias_name(path: str) -> str:
-    """Name of the bias of the linear at ``path``."""
-    return f"{path}.bias"
-
-
 def assign_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     """Put ``value`` in the place of the parameter called ``name``, without copying it. It does not require a gradient.
 

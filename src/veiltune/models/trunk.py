@@ -45,7 +45,7 @@ class HostTrunk:
         self.model = empty_model(config)
         held = {linear.path for linear in linears}
         if placement == "compact":
-            held |= self._exposed_modules(config.num_hidden_layers)
+            held |= {path for _, path in self.family.exposed(config.num_hidden_layers)}
         self._move_output_terms_away(config.num_hidden_layers)
         inject_adapters(self.model, lora, self.family, config.num_hidden_layers)
         keep_modules(self.model, held)
@@ -54,15 +54,6 @@ class HostTrunk:
         self._contexts: dict[int, dict[str, Any]] = {}
         self._caches: dict[int, Any] = {}
         self._kept: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
-
-    def _exposed_modules(self, num_layers: int) -> set[str]:
-        prefix = self.family.blocks
-        return {
-            f"{prefix}.{block}.{path}"
-            for block in range(num_layers)
-            for segment in self.family.segments
-            for path in segment.exposed
-        }
 
     def _move_output_terms_away(self, num_layers: int) -> None:
         """The enclave adds the output side's bias and applies its dropout, after unmasking."""

@@ -139,7 +139,8 @@ class Enclave:
     def _divide(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Masked tensors for the host; the others are put in their place here."""
         linears = {linear.path: linear for linear in self.linears}
-        exposed = self._exposed_names()
+        compact = self.options.placement == "compact"
+        exposed = {f"{path}.weight" for _, path in self.family.exposed(self.num_layers)} if compact else set()
         masked: dict[str, Tensor] = {}
         for name, stored in tensors.items():
             value = stored.to(self.dtype)
@@ -154,16 +155,6 @@ class Enclave:
             else:
                 assign_parameter(self.model, name, value.to(self.device))
         return masked
-
-    def _exposed_names(self) -> set[str]:
-        if self.options.placement != "compact":
-            return set()
-        return {
-            f"{self.family.blocks}.{block}.{path}.weight"
-            for block in range(self.num_layers)
-            for segment in self.family.segments
-            for path in segment.exposed
-        }
 
     def _mask_weight(self, linear: Linear, weight: Tensor) -> Tensor:
         row = weight if self.family.weights_in_out else weight.T
