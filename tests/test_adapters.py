@@ -116,7 +116,7 @@ def test_masked_factors_are_the_formulas_and_unmask_to_what_they_were(name: str,
 def test_the_gradient_map_is_autograds(kind: str, half: int, other: int, rank: int, members: int) -> None:
     """d(loss)/d(plain factors) through the masking, against the map applied to d(loss)/d(masked factors)."""
     d = 2 * half
-    linears = [Linear(f"in{n}", "input", "k.in") for n in range(members)] + [Linear("out", "output", "k.out")]
+    linears = [Linear(f"in{n}", "input", "k.in", 0) for n in range(members)] + [Linear("out", "output", "k.out", 0)]
     shapes = {linear.path: (d, other + n) if linear.side == "input" else (other, d) for n, linear in enumerate(linears)}
     keys = {label: key_of(kind, d, label) for label in ("k.in", "k.out")}
     plain = {name: value.requires_grad_() for name, value in draw_factors(shapes, rank).items()}
@@ -140,7 +140,7 @@ def test_masked_factors_give_the_masked_product(kind: str) -> None:
     """(X·R)·A*·B* = X·A·B on the input side, and X·A*·B* = X·A·B·R on the output side."""
     d, key = 12, key_of(kind, 12, "k")
     generator = torch.Generator().manual_seed(3)
-    linears = [Linear("in", "input", "k.in"), Linear("out", "output", "k.out")]
+    linears = [Linear("in", "input", "k.in", 0), Linear("out", "output", "k.out", 0)]
     factors = draw_factors({"in": (d, 5), "out": (7, d)}, rank=2)
     masked = mask_factors(factors, linears, {"k.in": key, "k.out": key})
 

@@ -52,9 +52,19 @@ class LoraConfig(Section):
     )
 
 
+class CutConfig(Section):
+    """Where designs that cut the model do so: what the data owner holds of its blocks, beside embeddings, norm and head."""
+
+    bottom_layers: int = Field(default=2, ge=0, description="first blocks, before the trunk")
+    top_layers: int = Field(default=2, ge=0, description="last blocks, after the trunk")
+
+
 class TrainConfig(Section):
     """The training loop. ``steps`` wins over ``epochs``."""
 
+    method: Literal["lora", "full"] = Field(
+        default="lora", description="train LoRA factors, or the blocks' own parameters (only where the owner holds them)"
+    )
     steps: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=1, ge=1)
     batch_size: int = Field(default=8, ge=1)
@@ -82,6 +92,11 @@ class SessionConfig(Section):
     link: Literal["shared_memory", "tcp"] = "shared_memory"
     record: tuple[str, ...] = Field(default=(), description="observers whose transcript is written to disk")
     threads: int | None = Field(default=None, ge=1, description="compute threads a party may use; unset: all cores")
+    connect: dict[str, str] = Field(
+        default_factory=dict, description="parties that already run as services: role = 'HOST:PORT'"
+    )
+    token_file: Path | None = Field(default=None, description="the services' session token")
+    retry_seconds: float = Field(default=60.0, ge=0, description="how long to look for a service that went away")
 
 
 class EvaluateConfig(Section):
@@ -104,6 +119,7 @@ class Config(Section):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
     data: DataConfig = DataConfig()
+    cut: CutConfig = CutConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

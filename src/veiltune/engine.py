@@ -149,15 +149,22 @@ class Engine:
         backend: where its factors and optimiser are.
         device: where tensors of a request go.
         emit: sends one message to the owner outside the request's answer (streamed tokens).
+        penalty: a term of the objective beside cross-entropy, asked for after each training forward.
     """
 
     def __init__(
-        self, model: nn.Module, backend: Backend, device: torch.device, emit: Callable[[Message], None]
+        self,
+        model: nn.Module,
+        backend: Backend,
+        device: torch.device,
+        emit: Callable[[Message], None],
+        penalty: Callable[[], Tensor | None] | None = None,
     ) -> None:
         self.model: Any = model
         self.backend = backend
         self.device = device
         self.emit = emit
+        self.penalty = penalty
         self._handlers: dict[type[Message], Callable[[Any], Message]] = {
             TrainBatch: self.accumulate,
             EvalBatch: self.evaluate,
@@ -196,8 +203,12 @@ class Engine:
         self.model.train()
         logits, labels, _ = self._targets(request)
         loss = functional.cross_entropy(logits, labels, reduction="sum")
+        penalty = None if self.penalty is None else self.penalty()
         if torch.isfinite(loss):
-            (loss / request.normalizer).backward()
+            objective = loss / request.normalizer
+            if penalty is not None:  # a mean over micro-batches, weighted as the loss is
+                objective = objective + penalty * (labels.numel() / request.normalizer)
+            objective.backward()
         self.backend.end_of_pass()
         return BatchLoss(float(loss.detach()), int(labels.numel()))
 

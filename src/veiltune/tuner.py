@@ -1,7 +1,12 @@
-"""What the owner asks of whoever runs the training step, as methods over one exchange of messages."""
+"""What the owner asks of whoever runs the training step, as methods over one exchange of messages.
+
+`RemoteTuner` asks over a channel. `EngineTuner` is for an owner that runs the training engine itself: nothing crosses.
+"""
 
 from __future__ import annotations
 
+import queue
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -9,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from veiltune.engine import Engine
 from veiltune.errors import ProtocolError
 from veiltune.examples import IGNORED
 from veiltune.transport.channel import Channel
@@ -141,6 +147,41 @@ class RemoteTuner(Tuner):
             reply = self.channel.recv()
             yield reply
             if not isinstance(reply, GeneratedToken) or reply.last:
+                return
+
+
+class EngineTuner(Tuner):
+    """A tuner whose engine is in this very party."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def _exchange(self, request: Message) -> Iterator[Message]:
+        if isinstance(request, GenerateRequest):
+            yield from self._streamed(request)
+        else:
+            yield self.engine.handle(request)
+
+    def _streamed(self, request: GenerateRequest) -> Iterator[Message]:
+        """Tokens as the engine emits them: it runs beside, since `transformers` pushes where we pull."""
+        emitted: queue.Queue[Message | BaseException] = queue.Queue()
+
+        def run() -> None:
+            self.engine.emit = emitted.put
+            try:
+                emitted.put(self.engine.handle(request))
+            except BaseException as error:  # noqa: BLE001 - it is raised again where it can be seen
+                emitted.put(error)
+
+        worker = threading.Thread(target=run, daemon=True)
+        worker.start()
+        while True:
+            reply = emitted.get()
+            if isinstance(reply, BaseException):
+                raise reply
+            yield reply
+            if isinstance(reply, GeneratedToken) and reply.last:
+                worker.join()
                 return
 
 

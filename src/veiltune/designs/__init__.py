@@ -1,9 +1,16 @@
 """The table of designs. Adding one: a module here, and its line below."""
 
 from veiltune.designs.base import Design
+from veiltune.designs.gradfree import GRADFREE
 from veiltune.designs.local import LOCAL
 from veiltune.designs.obfuscatune import OBFUSCATUNE
+from veiltune.designs.offline import OFFLINE
+from veiltune.designs.offsite import OFFSITE
+from veiltune.designs.online import ONLINE
+from veiltune.designs.split import SPLIT
 
-DESIGNS: dict[str, Design] = {design.name: design for design in (LOCAL, OBFUSCATUNE)}
+DESIGNS: dict[str, Design] = {
+    design.name: design for design in (LOCAL, OBFUSCATUNE, SPLIT, ONLINE, GRADFREE, OFFSITE, OFFLINE)
+}
 
 __all__ = ["DESIGNS", "Design"]

@@ -7,7 +7,7 @@ whoever reads the table knows all that an observer can see, and a new message th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel
@@ -43,6 +43,8 @@ class Design:
         also_sees: by observer, what it learns that is no message (what it computes itself).
         exactness: the claim, in one sentence.
         is_exact: whether the claim is equality with `local` up to rounding, for given options.
+        baseline: the options of `local` that train the same layers in the clear.
+        methods: what it can train: LoRA factors, the blocks' own parameters.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Design:
     also_sees: Mapping[str, tuple[str, ...]]
     exactness: str
     is_exact: Callable[[BaseModel], bool]
+    baseline: Mapping[str, str] = field(default_factory=dict)
+    methods: frozenset[str] = frozenset({"lora"})
 
     def may_receive(self, observer: str) -> frozenset[str]:
         """Kinds of message this observer may get."""
@@ -105,3 +109,31 @@ ENGINE_REVEALS: Mapping[str, Reveal] = {
     "Goodbye": DONE,
 }
 """What the party that runs the training engine gets from owner and provider."""
+
+SPLIT_OWNER_REVEALS: Mapping[str, Reveal] = {
+    "SplitAccepted": Reveal("that the provider agrees", "control"),
+    "Refused": Reveal("why the provider does not", "control"),
+    "ModelCard": Reveal("the architecture and the weights' fingerprint", "public"),
+    "TokenizerFiles": Reveal("the tokenizer", "public"),
+    "WeightShard": Reveal("embeddings, bottom and top layers, final norm and head, which the owner holds", "clear"),
+    "TrunkOutput": Reveal("the trunk's output for its own states", "clear"),
+    "Acknowledged": ACK,
+}
+"""What the owner gets where the model is cut."""
+
+SPLIT_PROVIDER_REVEALS: Mapping[str, Reveal] = {
+    "SplitRequest": Reveal("what the owner wants to agree on", "public"),
+    "TrunkForward": Reveal(
+        "the states at the bottom cut of every token of the owner's text, the padding, so the lengths of texts", "clear"
+    ),
+    "Forget": Reveal("the end of a pass or of a generation", "control"),
+    "Acknowledged": ACK,
+    "Goodbye": DONE,
+}
+"""What the provider gets where the model is cut."""
+
+GRADIENT_REVEALS: Mapping[str, Mapping[str, Reveal]] = {
+    "owner": {"TrunkGradient": Reveal("the gradient of its own states", "clear")},
+    "provider": {"TrunkBackward": Reveal("the gradient of the loss in the trunk's output, at every step", "clear")},
+}
+"""What crosses besides where the bottom is trained through the trunk."""

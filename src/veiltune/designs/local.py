@@ -2,58 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from veiltune.checkpoints import StateStore
-from veiltune.config import Section
+from veiltune.config import Config, Section
 from veiltune.designs.base import ENGINE_REVEALS, OWNER_REVEALS, PROVIDER_REVEALS, Design
 from veiltune.engine import Engine, ParameterBackend
-from veiltune.models.adapters import (
-    adapted_linears,
-    factor_dtype,
-    factor_parameters,
-    initial_factors,
-    inject_adapters,
-    place_factors,
-)
+from veiltune.models.cut import Cut
 from veiltune.models.families import find_family
 from veiltune.models.precision import round_between_operations
-from veiltune.models.skeleton import (
-    assign_parameter,
-    compute_dtype,
-    config_from_json,
-    empty_model,
-    require_complete,
-    resolve_device,
-)
+from veiltune.models.skeleton import compute_dtype, config_from_json, empty_model, resolve_device
+from veiltune.models.trainable import make_trainable
 from veiltune.models.trunk import make_optimizer
 from veiltune.parties.owner import own
 from veiltune.parties.party import Party
-from veiltune.parties.provider import provide
-from veiltune.transport.messages import Acknowledged, Goodbye, ModelCard, WeightShard
+from veiltune.parties.provider import provide, receive_weights
+from veiltune.transport.messages import Goodbye, ModelCard
 from veiltune.tuner import serve
 
 
 class LocalOptions(Section):
-    """`local` has no options."""
+    """The table ``[local]``."""
 
-
-def receive_weights(party: Party, model: Any, dtype: Any, device: Any) -> None:
-    """Fill an empty model from the provider's stream, and tie what its configuration ties."""
-    while True:
-        shard = party.links["provider"].recv_as(WeightShard)
-        for name, value in shard.tensors.items():
-            assign_parameter(model, name, value.to(device, dtype))
-        party.links["provider"].send(Acknowledged())
-        if shard.last:
-            break
-    model.tie_weights()
-    require_complete(model)
-    model.to(device)
+    layers: Literal["all", "owner", "top"] = Field(
+        default="all",
+        description="blocks that are trained: all, the owner's under [cut], or its top ones (baselines of split designs)",
+    )
 
 
 def run_host(party: Party) -> None:
@@ -65,18 +44,12 @@ def run_host(party: Party) -> None:
     card = party.links["provider"].recv_as(ModelCard)
     model_config = config_from_json(card.config)
     model = empty_model(model_config)
-    receive_weights(party, model, dtype, device)
+    receive_weights(party.links["provider"], model, dtype, device)
     family = find_family(model_config)
-    num_layers = model_config.num_hidden_layers
-    model.requires_grad_(requires_grad=False)
-    linears = adapted_linears(family, num_layers, config.lora)
-    shapes = {linear.path: _fan(model.get_submodule(linear.path), in_out=family.weights_in_out) for linear in linears}
-    inject_adapters(model, config.lora, family, num_layers)
-    place_factors(
-        model,
-        {name: value.to(device) for name, value in initial_factors(shapes, config.lora, factor_dtype(dtype)).items()},
+    layers = trained_layers(config, model_config, party.options)
+    parameters = make_trainable(
+        model, family, layers, config.lora, config.train.method, dtype=dtype, device=device
     )
-    parameters = factor_parameters(model, [linear.path for linear in linears])
     if rounded:
         round_between_operations(model)
     store = StateStore(party.directory, config.fingerprint())
@@ -86,9 +59,16 @@ def run_host(party: Party) -> None:
     serve(party.links["owner"], engine.handle, Goodbye)
 
 
-def _fan(linear: Any, *, in_out: bool) -> tuple[int, int]:
-    rows, columns = linear.weight.shape
-    return (rows, columns) if in_out else (columns, rows)
+def trained_layers(config: Config, model_config: Any, options: Any) -> Sequence[int]:
+    """Indices of the blocks that are trained.
+
+    Raises:
+        ConfigError: the owner's blocks are asked for and ``[cut]`` does not fit the model.
+    """
+    if options.layers == "all":
+        return range(model_config.num_hidden_layers)
+    cut = Cut.of(model_config, config.cut.bottom_layers, config.cut.top_layers)
+    return cut.owner_layers if options.layers == "owner" else cut.top
 
 
 def _exact(_: BaseModel) -> bool:
@@ -112,4 +92,5 @@ LOCAL = Design(
     also_sees={"host": ("every weight, every token, the adapter and every gradient, in the clear",)},
     exactness="it is the plain computation",
     is_exact=_exact,
+    methods=frozenset({"lora", "full"}),
 )

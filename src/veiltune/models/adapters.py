@@ -15,7 +15,7 @@ Factors travel as a flat mapping ``{"<linear>.lora_A": (rank, in), "<linear>.lor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,48 +33,57 @@ Keys = Mapping[str, Key]
 RowMap = Callable[[Key, Tensor], Tensor]
 
 
-def adapted_linears(family: Family, num_layers: int, lora: LoraConfig) -> list[Linear]:
-    """The linears that get an adapter.
+def adapted_linears(
+    family: Family, num_layers: int, lora: LoraConfig, layers: Collection[int] | None = None
+) -> list[Linear]:
+    """The linears that get an adapter: those the targets name, in the given blocks (``None``: in all).
 
     Raises:
         ConfigError: a target names no linear of this family.
     """
     every = list(family.linears(num_layers))
-    if lora.targets == "all":
-        return every
     known = {linear.path.rpartition(".")[2] for linear in every}
-    for target in lora.targets:
-        if target not in known:
-            raise ConfigError(f"lora.targets: {family.name} has no linear {target!r}", hint=nearest(target, known))
-    return [linear for linear in every if linear.path.rpartition(".")[2] in lora.targets]
+    targets = known if lora.targets == "all" else set(lora.targets)
+    for target in sorted(targets - known):
+        raise ConfigError(f"lora.targets: {family.name} has no linear {target!r}", hint=nearest(target, known))
+    return [
+        linear
+        for linear in every
+        if linear.path.rpartition(".")[2] in targets and (layers is None or linear.block in layers)
+    ]
 
 
-def peft_config(lora: LoraConfig, family: Family, num_layers: int, base: str | None = None) -> Any:
-    """The `peft.LoraConfig` that means the same."""
+def peft_config(
+    lora: LoraConfig, family: Family, num_layers: int, base: str | None = None, *, paths: Collection[str] | None = None
+) -> Any:
+    """The `peft.LoraConfig` that means the same; ``paths`` are the adapted linears (``None``: in every block)."""
     import peft
 
-    names = sorted(
-        {
-            linear.path.split(f"{family.blocks}.", 1)[1].split(".", 1)[1]
-            for linear in adapted_linears(family, num_layers, lora)
-        }
-    )
+    every = [linear.path for linear in family.linears(num_layers)]
+    if paths is None:
+        paths = [linear.path for linear in adapted_linears(family, num_layers, lora)]
+    names = {path.split(f"{family.blocks}.", 1)[1].split(".", 1)[1] for path in paths}
+    if sum(path.split(f"{family.blocks}.", 1)[1].split(".", 1)[1] in names for path in every) != len(paths):
+        names = set(paths)  # not in every block: each by its whole path
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyrefly: ignore[bad-argument-type]
         lora_dropout=lora.dropout,
-        target_modules=names,
+        target_modules=sorted(names),
         fan_in_fan_out=family.weights_in_out,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
 
 
-def inject_adapters(model: nn.Module, lora: LoraConfig, family: Family, num_layers: int) -> None:
+def inject_adapters(
+    model: nn.Module, lora: LoraConfig, family: Family, num_layers: int, *, paths: Collection[str] | None = None
+) -> None:
     """Wrap the adapted linears of ``model`` in PEFT's LoRA layers, factors still on the meta device."""
     import peft
 
-    peft.inject_adapter_in_model(peft_config(lora, family, num_layers), model, ADAPTER, low_cpu_mem_usage=True)
+    config = peft_config(lora, family, num_layers, paths=paths)
+    peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -177,6 +186,7 @@ def save_adapter(
     partial = directory / "adapter_model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(directory / "adapter_model.safetensors")
-    config = peft_config(lora, family, num_layers, base)
+    paths = {name.rpartition(".")[0] for name in factors}
+    config = peft_config(lora, family, num_layers, base, paths=paths)
     config.inference_mode = True
     config.save_pretrained(str(directory))

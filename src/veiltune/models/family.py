@@ -73,6 +73,9 @@ class Family:
         blocks: dotted path of the list of blocks in the causal language model.
         attention: the first segment of a block.
         mlp: the second segment of a block.
+        final_norm: name of the norm after the last block, beside the list of blocks.
+        positions: name of the learned position embedding, beside the blocks; ``None`` if positions are rotary.
+        embedding_dropout: name of the dropout before the first block, beside the blocks.
         weights_in_out: linears store their weight as (in, out), `Conv1D`'s way, not (out, in).
         call_mlp: runs the MLP segment of a block on hidden states.
         replace_mlp: puts a stub in the place of a block's MLP segment.
@@ -84,10 +87,18 @@ class Family:
     blocks: str
     attention: Segment
     mlp: Segment
+    final_norm: str
+    positions: str | None = None
+    embedding_dropout: str | None = None
     weights_in_out: bool = False
     call_mlp: Callable[[Any, Tensor], Tensor] = _call_mlp
     replace_mlp: Callable[[Any, nn.Module], None] = _replace_mlp
     refuses: Callable[[PretrainedConfig], str | None] = _supported
+
+    @property
+    def decoder(self) -> str:
+        """Path of the module whose forward runs the blocks: embeddings, positions, masks, blocks, final norm."""
+        return self.blocks.rpartition(".")[0]
 
     @property
     def segments(self) -> tuple[Segment, Segment]:
@@ -100,8 +111,8 @@ class Family:
             for segment in self.segments:
                 key = f"block{block}.{segment.name}"
                 for path in segment.inputs:
-                    yield Linear(f"{self.blocks}.{block}.{path}", "input", f"{key}.in")
-                yield Linear(f"{self.blocks}.{block}.{segment.output}", "output", f"{key}.out")
+                    yield Linear(f"{self.blocks}.{block}.{path}", "input", f"{key}.in", block)
+                yield Linear(f"{self.blocks}.{block}.{segment.output}", "output", f"{key}.out", block)
 
     def exposed(self, num_layers: int) -> Iterator[tuple[Segment, str]]:
         """Paths of the other modules with parameters inside segments (QK-norms), with the segment each is in."""
@@ -126,11 +137,12 @@ class Family:
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear of the trunk: its full path, its side, and the label of the key that masks that side."""
+    """One linear of a block: its full path, its side, the label of the key that masks that side, and its block."""
 
     path: str
     side: Literal["input", "output"]
     key: str
+    block: int
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from veiltune.models.checkpoint import load_tokenizer
 from veiltune.models.families import find_family
 from veiltune.models.family import Family
 from veiltune.models.skeleton import config_from_json
+from veiltune.models.trainable import save_layers
 from veiltune.parties.party import Party
 from veiltune.training import COMMIT, Trainer
 from veiltune.transport.messages import Goodbye, Interrupt, ModelCard, TokenizerFiles
@@ -78,7 +79,7 @@ class Owner:
         examples = self.tokenized(config.data.train, split="train")
         held_out = [] if config.data.validation is None else self.tokenized(config.data.validation, split="validation")
         if party.job.resume_step is None and config.evaluate.before:
-            self._measure("before")
+            self.measure("before")
         trainer = Trainer(
             self.tuner,
             config,
@@ -95,12 +96,14 @@ class Owner:
             "validation_examples": len(held_out),
             "train_tokens": sum(len(example.input_ids) for example in examples),
         }
+        self.before_training(examples, held_out)
         party.report("training", {"examples": len(examples), "total_steps": trainer.total})
         history = trainer.run()
         party.figures["history"] = asdict(history)
         if not history.interrupted:
-            self._export()
-            self._measure("after")
+            self.export()
+            self.after_training()
+            self.measure("after")
             if party.job.prompt is not None:
                 self._answer()
 
@@ -108,7 +111,7 @@ class Owner:
         """Measure the model as it is, or as a checkpoint left it."""
         if self.party.job.resume_step is not None:
             self.tuner.load(self.party.job.resume_step)
-        self._measure("after")
+        self.measure("after")
 
     def generate(self) -> None:
         """Stream an answer to the prompt; its text goes to the supervisor, which is the owner's own."""
@@ -196,15 +199,25 @@ class Owner:
 
     # --- parts of jobs --------------------------------------------------------------------------------------------------
 
-    def _export(self) -> None:
-        config = self.party.config
-        directory = Path(config.output) / "adapter"
-        save_adapter(
-            directory, self.tuner.adapter(), config.lora, self.family, self.model_config.num_hidden_layers, config.model
-        )
-        self.party.report("exported", {"directory": "adapter"})
+    def before_training(self, examples: Sequence[TokenizedExample], held_out: Sequence[TokenizedExample]) -> None:
+        """What a design does with the text before the first step; nothing by default."""
 
-    def _measure(self, when: str) -> None:
+    def after_training(self) -> None:
+        """What a design does once the result is exported, before it is measured; nothing by default."""
+
+    def export(self) -> None:
+        """Write the result into the output directory: an adapter in PEFT's format, or the trained layers."""
+        config, tensors = self.party.config, self.tuner.adapter()
+        directory = Path(config.output) / ("adapter" if config.train.method == "lora" else "layers")
+        if config.train.method == "full":
+            save_layers(directory, tensors)
+        else:
+            num_layers = self.model_config.num_hidden_layers
+            save_adapter(directory, tensors, config.lora, self.family, num_layers, config.model)
+        self.party.report("exported", {"directory": directory.name})
+
+    def measure(self, when: str) -> None:
+        """Accuracy on the configured tasks as the model is now, kept among the figures under ``when``."""
         evaluate = self.party.config.evaluate
         if not evaluate.tasks:
             return
@@ -242,7 +255,7 @@ def join(party: Party, trainer: str, *, attested: bool) -> Owner:
     files = party.links["provider"].recv_as(TokenizerFiles).files
     party.figures["model"] = {"fingerprint": card.fingerprint, "num_parameters": card.num_parameters}
     tuner = RemoteTuner(party.links[trainer])
-    return Owner(party, tuner, _load_tokenizer(files, party.config.model), config_from_json(card.config))
+    return Owner(party, tuner, tokenizer_from(files, party.config.model), config_from_json(card.config))
 
 
 def own(party: Party, trainer: str, *, attested: bool) -> None:
@@ -256,7 +269,12 @@ def own(party: Party, trainer: str, *, attested: bool) -> None:
     owner.leave()
 
 
-def _load_tokenizer(files: dict[str, Tensor], source: str) -> Any:
+def tokenizer_from(files: dict[str, Tensor], source: str) -> Any:
+    """The tokenizer from its files.
+
+    Raises:
+        ModelError: they are not those of one.
+    """
     with tempfile.TemporaryDirectory() as directory:
         for name, content in files.items():
             (Path(directory) / Path(name).name).write_bytes(content.numpy().tobytes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,8 @@ class Party:
         control: channel to the session's supervisor.
         meter: counts every message of ``links``.
         directory: this party's own state.
+        figures: what it found out, for the record.
+        reconnect: makes a lost link to a service anew, by role; ``None`` where there is none to be made.
     """
 
     role: str
@@ -69,6 +71,7 @@ class Party:
     meter: Meter
     directory: Path
     figures: dict[str, Any] = field(default_factory=dict)
+    reconnect: Callable[[str], Channel] | None = None
 
     def report(self, event: str, fields: dict[str, Any] | None = None) -> None:
         """Tell the supervisor of progress."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from veiltune.errors import ModelError
 from veiltune.models.checkpoint import Checkpoint
 from veiltune.models.families import find_family
 from veiltune.models.family import Family
-from veiltune.models.skeleton import DTYPES, empty_model
+from veiltune.models.skeleton import DTYPES, assign_parameter, empty_model, require_complete
 from veiltune.models.sources import check_memory, resolve_config, resolve_model
 from veiltune.parties.party import Party
+from veiltune.transport.channel import Channel
 from veiltune.transport.messages import Acknowledged, Goodbye, ModelCard, TokenizerFiles, WeightShard
 
 TOKENIZER_FILES = (
@@ -85,11 +87,11 @@ def shards(checkpoint: Checkpoint, family: Family) -> Iterator[tuple[int, dict[s
     yield block, group
 
 
-def provide(party: Party, trainer: str, *, attested: bool) -> None:
-    """Run the provider: check the enclave, hand the tokenizer to the owner, stream the weights to ``trainer``.
+def open_checkpoint(party: Party) -> Checkpoint:
+    """The provider's model, once it is known to fit this machine.
 
     Raises:
-        ModelError: the source cannot be used, holds values that are not finite, or does not fit this machine's memory.
+        ModelError: the source cannot be used, or does not fit this machine's memory.
     """
     config = party.config
     if not party.job.native:  # before anything large is fetched, generated or read
@@ -101,44 +103,89 @@ def provide(party: Party, trainer: str, *, attested: bool) -> None:
             lora_rank=config.lora.rank,
             source=config.model,
         )
-    checkpoint = resolve_model(config.model, dtype=DTYPES[config.dtype] if party.job.native else None)
+    return resolve_model(config.model, dtype=DTYPES[config.dtype] if party.job.native else None)
+
+
+def provide(party: Party, trainer: str, *, attested: bool) -> None:
+    """Run the provider: check the enclave, hand the tokenizer to the owner, stream the weights to ``trainer``.
+
+    Raises:
+        ModelError: the source cannot be used, holds values that are not finite, or does not fit this machine's memory.
+    """
+    checkpoint = open_checkpoint(party)
     family = find_family(checkpoint.config)
     if attested:
         party.require_enclave(trainer)
-    values = _public_config(checkpoint)
-    if party.job.verb == "probe":  # two designs draw different dropouts, so a comparison has none
+    card = model_card(checkpoint, probe=party.job.verb == "probe")
+    party.links["owner"].send(card)
+    party.links["owner"].send(TokenizerFiles(tokenizer_files(checkpoint)))
+    party.links[trainer].send(card)
+    num_blocks = checkpoint.config.num_hidden_layers
+    for block in stream_weights(party.links[trainer], checkpoint, family):
+        party.report("provisioned", {"block": block, "num_blocks": num_blocks})
+    party.links["owner"].recv_as(Goodbye)
+
+
+def model_card(checkpoint: Checkpoint, *, probe: bool = False) -> ModelCard:
+    """What the provider makes public. For a probe dropouts are 0: two designs draw different ones, so a comparison has none."""
+    values: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+    if probe:
         values.update({name: 0.0 for name, value in values.items() if _DROPOUT.search(name) and value})
-    card = ModelCard(values, checkpoint.fingerprint, checkpoint.num_parameters)
-    files = {
+    return ModelCard(values, checkpoint.fingerprint, checkpoint.num_parameters)
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tokenizer's files as bytes, by name."""
+    return {
         name: torch.frombuffer(bytearray((checkpoint.directory / name).read_bytes()), dtype=torch.uint8)
         for name in TOKENIZER_FILES
         if (checkpoint.directory / name).is_file()
     }
-    party.links["owner"].send(card)
-    party.links["owner"].send(TokenizerFiles(files))
-    party.links[trainer].send(card)
-    _stream(party, checkpoint, family, trainer)
-    party.links["owner"].recv_as(Goodbye)
 
 
-def _public_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    return json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+def read_group(checkpoint: Checkpoint, group: dict[str, str]) -> dict[str, Tensor]:
+    """Tensors of ``{name: stored name}``, by name.
+
+    Raises:
+        ModelError: one of them is not finite.
+    """
+    names = {stored: name for name, stored in group.items()}
+    tensors = {names[stored]: value for stored, value in checkpoint.tensors(names)}
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ModelError(
+                f"tensor {name!r} of {checkpoint.source!r} is not finite", hint="the checkpoint is damaged"
+            )
+    return tensors
 
 
-def _stream(party: Party, checkpoint: Checkpoint, family: Family, trainer: str) -> None:
-    link = party.links[trainer]
-    num_layers = checkpoint.config.num_hidden_layers
+def stream_weights(
+    link: Channel, checkpoint: Checkpoint, family: Family, *, wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[int]:
+    """Send the tensors whose names are ``wanted``, a shard at a time; yields the block each shard was of."""
     for block, group in shards(checkpoint, family):
-        names = {stored: name for name, stored in group.items()}
-        tensors = {names[stored]: value for stored, value in checkpoint.tensors(names)}
-        for name, value in tensors.items():
-            if not torch.isfinite(value).all():
-                raise ModelError(
-                    f"tensor {name!r} of {party.config.model!r} is not finite", hint="the checkpoint is damaged"
-                )
-        link.send(WeightShard(tensors, last=False))
-        del tensors
-        link.recv_as(Acknowledged)
-        party.report("provisioned", {"block": block, "num_blocks": num_layers})
+        chosen = {name: stored for name, stored in group.items() if wanted(name)}
+        if chosen:
+            link.send(WeightShard(read_group(checkpoint, chosen), last=False))
+            link.recv_as(Acknowledged)
+            yield block
     link.send(WeightShard({}, last=True))
     link.recv_as(Acknowledged)
+
+
+def receive_weights(link: Channel, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """The other end of `stream_weights`: fill an empty model, and tie what its configuration ties.
+
+    Raises:
+        ModelError: a tensor is missing, unexpected or of another shape.
+    """
+    while True:
+        shard = link.recv_as(WeightShard)
+        for name, value in shard.tensors.items():
+            assign_parameter(model, name, value.to(device, dtype))
+        link.send(Acknowledged())
+        if shard.last:
+            break
+    model.tie_weights()
+    require_complete(model)
+    model.to(device)

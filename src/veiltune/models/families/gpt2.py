@@ -19,6 +19,9 @@ GPT2 = Family(
     blocks="transformer.h",
     attention=Segment("attention", "attn", ("attn.c_attn",), "attn.c_proj", dropout="attn.resid_dropout"),
     mlp=Segment("mlp", "mlp", ("mlp.c_fc",), "mlp.c_proj", dropout="mlp.dropout"),
+    final_norm="ln_f",
+    positions="wpe",
+    embedding_dropout="drop",
     weights_in_out=True,
     refuses=_refuses,
 )

@@ -16,4 +16,5 @@ LLAMA = Family(
         exposed=("self_attn.q_norm", "self_attn.k_norm"),
     ),
     mlp=Segment("mlp", "mlp", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+    final_norm="norm",
 )

@@ -36,6 +36,8 @@ OPT = Family(
         "self_attn.out_proj",
     ),
     mlp=Segment("mlp", None, ("fc1",), "fc2"),
+    final_norm="final_layer_norm",
+    positions="embed_positions",
     call_mlp=_call_mlp,
     replace_mlp=_replace_mlp,
     refuses=_refuses,

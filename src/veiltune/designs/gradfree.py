@@ -1,0 +1,57 @@
+"""`gradfree`: only the top layers are tuned, so no gradient crosses, and each example crosses once.
+
+*Reference.* GuardedTuning, Gradfree (arXiv 2501.04323). Bottom and trunk are frozen: an example's trunk output never changes,
+and the owner keeps it for all epochs. Keeping it, and warming up the bottom before the first crossing, are ours.
+
+*Reveals.* Of each distinct text one pass's states at the cut, rounded if the wire is; no gradient: the table of messages has
+none. Inference crosses as in `split`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel
+
+from veiltune.config import Section
+from veiltune.designs.base import SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design
+from veiltune.parties.split import CacheOptions, ServerOptions, SplitPlan, WarmUpOptions, own_layers, provide_trunk
+from veiltune.privacy.quantisation import WireOptions
+
+
+class GradfreeOptions(Section):
+    """The table ``[gradfree]``."""
+
+    wire: WireOptions = WireOptions(activation_bits=8)
+    cache: CacheOptions = CacheOptions()
+    warm_up: WarmUpOptions = WarmUpOptions()
+    server: ServerOptions = ServerOptions()
+
+
+def _plan(options: Any) -> SplitPlan:
+    warm_up = options.warm_up if options.warm_up.steps else None
+    return SplitPlan(trains="top", wire=options.wire, cache=options.cache, warm_up=warm_up, server=options.server)
+
+
+def _exact(options: BaseModel) -> bool:
+    wire, warm_up = getattr(options, "wire"), getattr(options, "warm_up")  # noqa: B009 - of these options
+    return wire.activation_bits == 32 and warm_up.steps == 0  # noqa: PLR2004
+
+
+GRADFREE = Design(
+    name="gradfree",
+    summary="only the top layers are tuned: no gradient crosses, and each example crosses once",
+    options=GradfreeOptions,
+    roles={"owner": partial(own_layers, planner=_plan), "provider": partial(provide_trunk, planner=_plan)},
+    links=(("owner", "provider"),),
+    data_plane=("owner", "provider"),
+    trainer="owner",
+    enclaves=frozenset(),
+    reveals={"owner": SPLIT_OWNER_REVEALS, "provider": SPLIT_PROVIDER_REVEALS},
+    also_sees={"provider": ("the trunk, which is its own; bottom and top as they were before tuning",)},
+    exactness="approximate: states are rounded once each way; with 32 bits and no warm-up, equal to local tuning of the top layers",
+    is_exact=_exact,
+    baseline={"layers": "top"},
+    methods=frozenset({"lora", "full"}),
+)

@@ -1,0 +1,60 @@
+"""`online`: split learning with decorrelation and a quantised wire.
+
+*Reference.* GuardedTuning, Online (arXiv 2501.04323). L = L_task + α·dCor(E, H), E the embeddings and H the states that are
+sent; states and gradients are rounded to 8 or 4 bits in both directions.
+
+*Reveals.* What `split` reveals, less what rounding and decorrelation take away; both are mitigations, measured in the
+comparison, and neither is a bound. α = 0 with 32 bits is `split`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel
+
+from veiltune.config import Section
+from veiltune.designs.base import GRADIENT_REVEALS, SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design
+from veiltune.parties.split import ServerOptions, SplitPlan, own_layers, provide_trunk
+from veiltune.privacy.decorrelation import DecorrelationOptions
+from veiltune.privacy.quantisation import WireOptions
+
+
+class OnlineOptions(Section):
+    """The table ``[online]``."""
+
+    wire: WireOptions = WireOptions(activation_bits=8, gradient_bits=8)
+    decorrelation: DecorrelationOptions = DecorrelationOptions(alpha=1.0)
+    server: ServerOptions = ServerOptions()
+
+
+def _plan(options: Any) -> SplitPlan:
+    decorrelation = options.decorrelation if options.decorrelation.alpha > 0 else None
+    return SplitPlan(wire=options.wire, decorrelation=decorrelation, server=options.server)
+
+
+def _exact(options: BaseModel) -> bool:
+    wire, decorrelation = getattr(options, "wire"), getattr(options, "decorrelation")  # noqa: B009 - of these options
+    return wire.activation_bits == wire.gradient_bits == 32 and decorrelation.alpha == 0  # noqa: PLR2004
+
+
+ONLINE = Design(
+    name="online",
+    summary="split learning with decorrelated states and a quantised wire, both ways",
+    options=OnlineOptions,
+    roles={"owner": partial(own_layers, planner=_plan), "provider": partial(provide_trunk, planner=_plan)},
+    links=(("owner", "provider"),),
+    data_plane=("owner", "provider"),
+    trainer="owner",
+    enclaves=frozenset(),
+    reveals={
+        "owner": {**SPLIT_OWNER_REVEALS, **GRADIENT_REVEALS["owner"]},
+        "provider": {**SPLIT_PROVIDER_REVEALS, **GRADIENT_REVEALS["provider"]},
+    },
+    also_sees={"provider": ("the trunk, which is its own; bottom and top as they were before tuning",)},
+    exactness="approximate: states and gradients are rounded, and the objective has a second term; with 32 bits and α = 0, `split`",
+    is_exact=_exact,
+    baseline={"layers": "owner"},
+    methods=frozenset({"lora", "full"}),
+)

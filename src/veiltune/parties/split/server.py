@@ -1,0 +1,217 @@
+"""The provider's trunk server: one frozen trunk, any number of owners, each in a session of its own.
+
+What an owner left pending is bounded in number and age, its caches in number, and all of it goes when the owner does. The
+trunk has no state of its own but its weights, so nothing of one session can reach another; computing takes turns.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veiltune.errors import ProtocolError
+from veiltune.models.cut import Cut, Trunk
+from veiltune.parties.split.plan import ServerOptions, SplitPlan
+from veiltune.privacy.quantisation import WireCodec
+from veiltune.transport.messages import Forget, Message, TrunkBackward, TrunkForward, TrunkGradient, TrunkOutput
+
+
+@dataclass
+class _Pending:
+    """A forward whose backward is still to come: its graph, or what is needed to make it again."""
+
+    born: float
+    request: TrunkForward
+    entry: Tensor
+    output: Tensor | None
+    random_state: Tensor | None
+
+
+class TrunkServer:
+    """A trunk and the lock under which owners take turns on it.
+
+    Args:
+        trunk: filled and frozen.
+        plan: the design's; how the wire is encoded, and the bounds.
+        vocabulary: of the model, for the terms.
+    """
+
+    def __init__(self, trunk: Trunk, plan: SplitPlan, cut: Cut, *, width: int, device: torch.device) -> None:
+        self.trunk = trunk
+        self.plan = plan
+        self.cut = cut
+        self.width = width
+        self.device = device
+        self.lock = threading.Lock()
+        self.sessions: dict[str, TrunkSession] = {}
+        self._count = 0
+        self._guard = threading.Lock()
+
+    def open_session(self) -> TrunkSession:
+        """A session for one more owner.
+
+        Raises:
+            ProtocolError: there are as many as there may be.
+        """
+        with self._guard:
+            if len(self.sessions) >= self.plan.server.max_sessions:
+                raise ProtocolError(
+                    f"this provider serves {len(self.sessions)} owners already", hint="try again later"
+                )
+            self._count += 1
+            session = TrunkSession(self, f"s{self._count}")
+            self.sessions[session.name] = session
+            return session
+
+    def close_session(self, session: TrunkSession) -> None:
+        """Free all that an owner left."""
+        with self._guard:
+            self.sessions.pop(session.name, None)
+        session.clear()
+
+
+class TrunkSession:
+    """One owner's forwards, backwards and caches."""
+
+    def __init__(self, server: TrunkServer, name: str) -> None:
+        self.server = server
+        self.name = name
+        self.options: ServerOptions = server.plan.server
+        self.states = WireCodec.for_activations(server.plan.wire)
+        self.gradients = WireCodec.for_gradients(server.plan.wire)
+        self.pending: OrderedDict[int, _Pending] = OrderedDict()
+        self.caches: OrderedDict[int, Any] = OrderedDict()
+        self._last_ticket = 0
+
+    def clear(self) -> None:
+        """Free graphs and caches."""
+        self.pending.clear()
+        self.caches.clear()
+
+    def handle(self, message: Message) -> Message | None:
+        """Answer one request; ``None`` where it wants no answer.
+
+        Raises:
+            ProtocolError: a message out of order, of a wrong shape, with values that are not finite, or that no longer
+                has what it refers to.
+        """
+        if isinstance(message, TrunkForward):
+            return self._forward(message)
+        if isinstance(message, TrunkBackward):
+            return self._backward(message)
+        if isinstance(message, Forget):
+            if message.cache_id:
+                self.caches.pop(message.cache_id, None)
+            else:
+                self.pending.clear()
+            return None
+        raise ProtocolError(f"the trunk server does not answer {type(message).__name__}")
+
+    def _forward(self, request: TrunkForward) -> TrunkOutput:
+        if request.ticket <= self._last_ticket:
+            raise ProtocolError(
+                f"forward {request.ticket} came after {self._last_ticket}: messages were reordered or sent twice"
+            )
+        self._last_ticket = request.ticket
+        entry = self._decoded(self.states, request.hidden, f"the states of forward {request.ticket}")
+        self._check_context(request, entry)
+        keep_graph = request.keep and self.options.activations == "keep"
+        cache = self._cache(request.cache_id)
+        starts = cache is None or cache.get_seq_length() == 0
+        with self.server.lock:
+            random_state = torch.get_rng_state() if request.keep and request.training and not keep_graph else None
+            entry.requires_grad_(keep_graph)
+            with torch.set_grad_enabled(keep_graph):
+                output = self._run(request, entry)
+        if request.keep:
+            kept = output if keep_graph else None
+            self._drop_old()
+            self.pending[request.ticket] = _Pending(time.monotonic(), request, entry, kept, random_state)
+        return TrunkOutput(request.ticket, self.states.encode(output.detach(), starts=starts))
+
+    def _run(self, request: TrunkForward, entry: Tensor) -> Tensor:
+        mask, positions = request.attention_mask, request.position_ids
+        return self.server.trunk.forward(
+            entry,
+            None if mask is None else mask.to(entry.device),
+            None if positions is None else positions.to(entry.device),
+            self._cache(request.cache_id),
+            training=request.training,
+        )
+
+    def _cache(self, cache_id: int) -> Any:
+        if cache_id == 0:
+            return None
+        if cache_id not in self.caches:
+            while len(self.caches) >= self.options.max_caches:
+                self.caches.popitem(last=False)
+            self.caches[cache_id] = self.server.trunk.new_cache()
+        return self.caches[cache_id]
+
+    def _backward(self, request: TrunkBackward) -> TrunkGradient:
+        self._drop_old()
+        found = self.pending.pop(request.ticket, None)
+        if found is None:
+            raise ProtocolError(
+                f"no forward {request.ticket} is pending: it was never kept, was answered, or is older than "
+                f"{self.options.pending_seconds:g} s or {self.options.max_pending} others",
+                hint="send the forward again",
+            )
+        gradient = self._decoded(self.gradients, request.gradient, f"the gradient of forward {request.ticket}")
+        if gradient.shape != found.entry.shape:
+            raise ProtocolError(
+                f"the gradient of forward {request.ticket} is {tuple(gradient.shape)}, its states were {tuple(found.entry.shape)}"
+            )
+        with self.server.lock:
+            output = found.output if found.output is not None else self._again(found)
+            torch.autograd.backward([output], [gradient])
+        assert found.entry.grad is not None  # noqa: S101 - the entry was made to want one
+        return TrunkGradient(request.ticket, self.gradients.encode(found.entry.grad))
+
+    def _again(self, pending: _Pending) -> Tensor:
+        """The forward once more, with its graph; dropout draws what it drew before."""
+        pending.entry.requires_grad_(requires_grad=True)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            if pending.random_state is not None:
+                torch.set_rng_state(pending.random_state)
+            return self._run(pending.request, pending.entry)
+
+    def _drop_old(self) -> None:
+        """Keep pending forwards within their bounds, with room for one more."""
+        oldest = time.monotonic() - self.options.pending_seconds
+        while self.pending:
+            ticket, first = next(iter(self.pending.items()))
+            if first.born >= oldest and len(self.pending) < self.options.max_pending:
+                return
+            del self.pending[ticket]
+
+    def _decoded(self, codec: WireCodec, payload: Tensor, what: str) -> Tensor:
+        hidden = codec.decode(payload, device=self.server.device)
+        if hidden.dim() != 3 or hidden.shape[2] != self.server.width or 0 in hidden.shape:  # noqa: PLR2004
+            raise ProtocolError(f"{what} have shape {tuple(hidden.shape)}, not (batch, seq, {self.server.width})")
+        if hidden.shape[0] * hidden.shape[1] > self.options.max_tokens:
+            raise ProtocolError(
+                f"{what}: {hidden.shape[0]} x {hidden.shape[1]} tokens exceed {self.options.max_tokens}",
+                hint="send smaller batches",
+            )
+        return hidden
+
+    def _check_context(self, request: TrunkForward, entry: Tensor) -> None:
+        batch, seq, _ = entry.shape
+        mask, positions = request.attention_mask, request.position_ids
+        if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < seq):  # noqa: PLR2004
+            raise ProtocolError(f"a mask of shape {tuple(mask.shape)} does not fit states of {batch} x {seq} tokens")
+        if positions is not None and (
+            positions.dim() != 2 or positions.shape[0] not in {1, batch} or positions.shape[1] != seq  # noqa: PLR2004
+        ):
+            raise ProtocolError(
+                f"position ids of shape {tuple(positions.shape)} do not fit states of {batch} x {seq} tokens"
+            )
+        if request.cache_id < 0:
+            raise ProtocolError(f"cache {request.cache_id} is no cache")

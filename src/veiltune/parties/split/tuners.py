@@ -1,0 +1,287 @@
+"""How an owner with layers of its own tunes: over the trunk, from kept trunk outputs, or against an emulator.
+
+*Reveals.* `KeepingTuner`: each example crosses once, whatever the number of epochs. `EmulatedTuner`: training crosses nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veiltune.engine import Engine
+from veiltune.examples import TokenizedExample
+from veiltune.models.cut import Cut
+from veiltune.models.emulators.blocks import emulator_blocks
+from veiltune.models.emulators.card import EmulatorCard
+from veiltune.models.families import find_family
+from veiltune.models.trunk_stub import TrunkStub
+from veiltune.parties.output_cache import OutputCache
+from veiltune.parties.party import Party
+from veiltune.parties.split.plan import SplitPlan
+from veiltune.parties.split.port import WirePort, expect
+from veiltune.privacy.decorrelation import Decorrelation
+from veiltune.tee.sealing import SealingKey
+from veiltune.transport.messages import EmulatorRequest, EmulatorShard
+from veiltune.transport.transcript import Traffic, traffic_since
+from veiltune.tuner import EngineTuner
+
+
+def tuner_for(
+    party: Party,
+    plan: SplitPlan,
+    cut: Cut,
+    engine: Engine,
+    stub: TrunkStub,
+    port: WirePort,
+    decorrelation: Decorrelation | None,
+) -> SplitTuner:
+    """The tuner that a plan asks for."""
+    kind = SplitTuner if plan.cache is None else KeepingTuner
+    kind = kind if plan.emulator is None else EmulatedTuner
+    return kind(party, plan, cut, engine, stub, port, decorrelation)
+
+
+class SplitTuner(EngineTuner):
+    """Every step crosses: states out and back, and gradients out and back where the bottom is trained."""
+
+    def __init__(  # noqa: PLR0917 - made by `tuner_for` alone
+        self,
+        party: Party,
+        plan: SplitPlan,
+        cut: Cut,
+        engine: Engine,
+        stub: TrunkStub,
+        port: WirePort,
+        decorrelation: Decorrelation | None,
+    ) -> None:
+        super().__init__(engine)
+        self.party = party
+        self.plan = plan
+        self.cut = cut
+        self.stub = stub
+        self.port = port
+        self.decorrelation = decorrelation
+        self.correlations: list[float] = []
+        self._clock = _StepClock(party)
+        engine.penalty = None if decorrelation is None else self._penalty
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return getattr(self.engine.backend, "parameters")  # noqa: B009 - a ParameterBackend's
+
+    def accumulate(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int) -> float:
+        """See `Tuner.accumulate`."""
+        with self._clock:
+            self.stub.observe = self.decorrelation is not None
+            try:
+                return super().accumulate(input_ids, attention_mask, labels, normalizer)
+            finally:
+                self.stub.observe = False
+
+    def step(self, learning_rate: float, max_grad_norm: float = 0.0) -> float:
+        """See `Tuner.step`."""
+        with self._clock:
+            norm = super().step(learning_rate, max_grad_norm)
+        self._clock.steps += 1
+        if self.decorrelation is not None:
+            if self.decorrelation.last is not None:
+                self.correlations.append(self.decorrelation.last)
+            self.decorrelation.advance()
+        return norm
+
+    def load(self, step: int) -> None:
+        """See `Tuner.load`."""
+        super().load(step)
+        if self.decorrelation is not None:
+            self.decorrelation.start_at(step)
+
+    def _penalty(self) -> Tensor | None:
+        observed = self.stub.take_observed()
+        if observed is None or self.decorrelation is None:
+            return None
+        embeddings, hidden, mask = observed
+        present = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask
+        return self.decorrelation.penalty(embeddings.detach(), hidden, present)
+
+    def figures(self) -> dict[str, Any]:
+        """See `Tuner.figures`."""
+        return self._clock.figures()
+
+    def prepare(
+        self, examples: Sequence[TokenizedExample], held_out: Sequence[TokenizedExample], *, bottom: str
+    ) -> None:
+        """What is to be done once the text is known and before the first step."""
+
+    @contextmanager
+    def on_emulator(self) -> Generator[None]:
+        """Compute on the emulator for a while, where there is one."""
+        yield
+
+
+class KeepingTuner(SplitTuner):
+    """Only the top is trained, so an example's trunk output never changes: it is asked for once and kept by the owner."""
+
+    cache: OutputCache | None = None
+
+    def prepare(
+        self, examples: Sequence[TokenizedExample], held_out: Sequence[TokenizedExample], *, bottom: str
+    ) -> None:
+        """Open the cache; refuse now what would not fit later."""
+        assert self.plan.cache is not None  # noqa: S101 - `tuner_for`
+        directory = self.party.directory / "trunk-outputs"
+        key = SealingKey.load_or_create(self.party.directory) if self.plan.cache.sealed else None
+        self.cache = OutputCache(directory, bottom, max_bytes=self.plan.cache.max_bytes, key=key)
+        distinct = {tuple(example.input_ids) for example in [*examples, *held_out]}
+        width = int(self.engine.model.config.hidden_size)
+        dtype = next(self.engine.model.parameters()).dtype
+        self.cache.require_room(sum(len(ids) for ids in distinct), width, dtype, num_examples=len(distinct))
+
+    def accumulate(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int) -> float:
+        """See `Tuner.accumulate`."""
+        with self._clock, self._replaying(input_ids, attention_mask):
+            return super().accumulate(input_ids, attention_mask, labels, normalizer)
+
+    def evaluate(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[float, int]:
+        """See `Tuner.evaluate`."""
+        with self._replaying(input_ids, attention_mask):
+            return super().evaluate(input_ids, attention_mask, labels)
+
+    @contextmanager
+    def _replaying(self, input_ids: Tensor, attention_mask: Tensor) -> Generator[None]:
+        """Kept outputs in the place of the trunk's, once those that are missing were asked for."""
+        if self.cache is None:
+            yield
+            return
+        rows = [row[: int(mask.sum())].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+        self._fetch(self.cache, rows, input_ids, attention_mask)
+        self.stub.replay = self._assembled(self.cache, rows, input_ids.shape[1])
+        try:
+            yield
+        finally:
+            self.stub.replay = None
+
+    @torch.no_grad()
+    def _fetch(self, cache: OutputCache, rows: list[list[int]], input_ids: Tensor, attention_mask: Tensor) -> None:
+        missing = [index for index, ids in enumerate(rows) if cache.missing(ids)]
+        if not missing:
+            return
+        length = max(len(rows[index]) for index in missing)
+        model, device = self.engine.model, self.engine.device
+        model.eval()
+        getattr(model, model.base_model_prefix)(
+            input_ids=input_ids[missing, :length].to(device),
+            attention_mask=attention_mask[missing, :length].to(device),
+            use_cache=False,
+        )
+        output = self.port.last_output
+        assert output is not None  # noqa: S101 - the pass above crossed
+        for position, index in enumerate(missing):
+            cache.put(rows[index], output[position, : len(rows[index])])
+
+    def _assembled(self, cache: OutputCache, rows: list[list[int]], length: int) -> Tensor:
+        """Kept outputs of the rows, padded on the right with zeros: (batch, length, d)."""
+        kept = [cache.get(ids) for ids in rows]
+        made = kept[0].new_zeros((len(rows), length, kept[0].shape[1]))
+        for row, value in zip(made, kept, strict=True):
+            row[: len(value)] = value
+        return made.to(self.engine.device)
+
+
+class EmulatedTuner(SplitTuner):
+    """Training and its evaluation run on the emulator; scoring and generation cross to the trunk."""
+
+    _blocks: dict[int, nn.Module] | None = None
+
+    def accumulate(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int) -> float:
+        """See `Tuner.accumulate`."""
+        with self.on_emulator():
+            return super().accumulate(input_ids, attention_mask, labels, normalizer)
+
+    def evaluate(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[float, int]:
+        """See `Tuner.evaluate`."""
+        with self.on_emulator():
+            return super().evaluate(input_ids, attention_mask, labels)
+
+    def prepare(
+        self, examples: Sequence[TokenizedExample], held_out: Sequence[TokenizedExample], *, bottom: str
+    ) -> None:
+        """Get the emulator."""
+        self._blocks = self._blocks or self._fetch()
+
+    @contextmanager
+    def on_emulator(self) -> Generator[None]:
+        """See `SplitTuner.on_emulator`."""
+        if self._blocks is None:
+            self._blocks = self._fetch()
+        model = self.engine.model
+        slots = model.get_submodule(find_family(model.config).blocks)
+        before = {slot: slots.get_submodule(str(slot)) for slot in self._blocks}
+        for slot, block in self._blocks.items():
+            setattr(slots, str(slot), block.train(model.training))
+        try:
+            yield
+        finally:
+            for slot, block in before.items():
+                setattr(slots, str(slot), block)
+
+    def _fetch(self) -> dict[int, nn.Module]:
+        self.port.link.send(EmulatorRequest())
+        tensors: dict[str, Tensor] = {}
+        card: dict[str, Any] = {}
+        while True:
+            shard = expect(self.port.link.recv(), EmulatorShard)
+            card = card or shard.card
+            tensors.update(shard.tensors)
+            if shard.last:
+                break
+        self.party.figures["emulator"] = card
+        blocks = emulator_blocks(
+            self.engine.model.config,
+            self.cut.trunk,
+            EmulatorCard.from_json(card),
+            tensors,
+            materialise=next(self.engine.model.parameters()).dtype,
+        )
+        return {slot: block.to(self.engine.device) for slot, block in blocks.items()}
+
+
+class _StepClock:
+    """Messages and bytes of training steps, apart from all other traffic; seconds too. Re-entrant."""
+
+    def __init__(self, party: Party) -> None:
+        self._party = party
+        self._depth = 0
+        self._before: Traffic = {}
+        self._begin = 0.0
+        self.steps = 0
+        self.seconds = 0.0
+        self.messages = self.num_bytes = 0
+
+    def __enter__(self) -> None:
+        if self._depth == 0:
+            self._before, self._begin = self._party.meter.snapshot(), time.perf_counter()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        self.seconds += time.perf_counter() - self._begin
+        for kinds in traffic_since(self._party.meter.snapshot(), self._before).values():
+            self.messages += sum(counts["messages"] for counts in kinds.values())
+            self.num_bytes += sum(counts["bytes"] for counts in kinds.values())
+
+    def figures(self) -> dict[str, Any]:
+        """Sums so far, by the step."""
+        return {
+            "engine_seconds": self.seconds,
+            "crossings_per_step": self.messages / max(1, self.steps),
+            "border_bytes_per_step": self.num_bytes / max(1, self.steps),
+        }
+
