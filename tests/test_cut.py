@@ -108,7 +108,8 @@ class Forgetful(LocalPort):
     lost: str = "position_ids"
 
     def forward(self, hidden: Tensor, context: TrunkContext) -> tuple[int, Tensor]:
-        return super().forward(hidden, replace(context, **{self.lost: None}))
+        lost: dict[str, Any] = {self.lost: None}
+        return super().forward(hidden, replace(context, **lost))
 
 
 def fill(half: Any, state: dict[str, Tensor]) -> None:
@@ -206,7 +207,7 @@ def test_only_what_the_trunk_cannot_know_is_sent(name: str) -> None:
             assert context.attention_mask is not None
             assert context.attention_mask.dtype == torch.bool
             assert context.attention_mask.tolist() == inputs["attention_mask"].bool().tolist()
-        if padding == "none" or name.split("-")[0] in LEARNED:
+        if padding == "none" or name.startswith(LEARNED):
             assert context.position_ids is None
         else:
             assert context.position_ids is not None
@@ -372,6 +373,7 @@ def test_greedy_generation_with_caches_is_the_plain_models(name: str) -> None:
         for mine, theirs in zip(actual.logits, expected.logits, strict=True):
             assert relative_error(mine, theirs) <= TOLERANCE[torch.float64]
         assert [hidden.shape[1] for hidden in joined.port.sent] == [10, *[1] * 13]
+        assert [context.starts for context in joined.port.contexts] == [True, *[False] * 13]
         (cache,) = joined.port.caches.values()
         assert cache.get_seq_length() == 23
 
@@ -385,9 +387,9 @@ def test_a_prompt_in_pieces_beyond_the_window(name: str) -> None:
     owner = halves(whole, 1, 1).owner
     ids = torch.tensor(token_ids(2, 20))
     expected = whole(ids, use_cache=False).logits
-    cache, outputs = DynamicCache(config=owner.config), []
-    for piece in ids.split([5, 4, 1, 7, 3], dim=1):
-        outputs.append(owner(piece, past_key_values=cache, use_cache=True).logits)
+    cache = DynamicCache(config=owner.config)
+    pieces = ids.split([5, 4, 1, 7, 3], dim=1)
+    outputs = [owner(piece, past_key_values=cache, use_cache=True).logits for piece in pieces]
     assert relative_error(torch.cat(outputs, 1), expected) <= TOLERANCE[torch.float64]
 
 
@@ -625,7 +627,7 @@ def test_a_replayed_trunk_output_trains_the_top_without_bottom_and_crossing(name
     blocks = joined.owner.get_submodule(find_family(whole.config).blocks)
     blocks[3].requires_grad_(True)
     ran: list[nn.Module] = []
-    list(blocks[0].children())[0].register_forward_hook(lambda module, _i, _o: ran.append(module))
+    next(blocks[0].children()).register_forward_hook(lambda module, _i, _o: ran.append(module))
     kept: list[Tensor] = []
     blocks[3].register_forward_pre_hook(lambda _m, args: kept.append(args[0].detach()))
     inputs = batch("right")
@@ -641,7 +643,7 @@ def test_a_replayed_trunk_output_trains_the_top_without_bottom_and_crossing(name
     assert all(torch.equal(value, first[path]) for path, value in gradients(joined.owner).items())
     with pytest.raises(UserError, match="replayed"):
         loss_of(joined.owner, {key: value[:1] for key, value in inputs.items()})
-    with pytest.raises(UserError, match="use_cache=False|KV cache"):
+    with pytest.raises(UserError, match="KV cache"):
         joined.owner(**inputs, use_cache=True)
     joined.stub.replay = None
     loss_of(joined.owner, inputs)

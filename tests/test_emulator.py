@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def trunk_numbers(name: str, slots: Sequence[int]) -> int:
 def test_kept_blocks_are_uniform_and_hold_both_ends(start: int, num: int, data: st.DataObject) -> None:
     wanted = data.draw(st.integers(2, num))
     kept = EmulatorOptions(layers=wanted).kept(range(start, start + num))
-    gaps = [after - before for before, after in zip(kept, kept[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(kept)]
     assert len(kept) == wanted
     assert (kept[0], kept[-1]) == (start, start + num - 1)
     assert min(gaps) >= 1
@@ -248,7 +249,7 @@ def test_low_rank_errors_fall_with_the_rank_and_end_at_zero(name: str) -> None:
     cards = [built(name, kind="lowrank", rank=rank, layers=1).card for rank in (1 / 32, 0.125, 0.375, 1.0)]
     for path in weights(name, TRUNK[0]):
         errors = [card.errors[path] for card in cards]
-        assert all(before > after for before, after in zip(errors, errors[1:], strict=False))
+        assert all(before > after for before, after in pairwise(errors))
         assert errors[-1] == 0.0
     assert cards[-1].ranks == {}
     assert [card.parameter_share for card in cards] == sorted(card.parameter_share for card in cards)
@@ -477,7 +478,10 @@ def test_distillation_lowers_the_loss_on_held_out_states(name: str) -> None:
     before = {key: value.clone() for key, value in plain(name).state_dict().items()}
     told: list[tuple[str, int, int, float | None]] = []
     emulator = build_emulator(
-        source(name), EmulatorOptions(**OPTIONS), distillation=distillation(name), progress=lambda *it: told.append(it)
+        source(name),
+        EmulatorOptions(**OPTIONS),
+        distillation=distillation(name),
+        progress=lambda stage, done, total, loss: told.append((stage, done, total, loss)),
     )
     dropped = built(name, layers=2)
     assert emulator.tensors.keys() == dropped.tensors.keys()

@@ -7,7 +7,7 @@ import math
 import random
 import struct
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,6 +21,8 @@ from veiltune.privacy import quantisation
 from veiltune.privacy.quantisation import Bits, ErrorFeedback, WireCodec, WireOptions
 from veiltune.privacy.rotation import LARGEST_FACTOR, _rotation, rotate, unrotate
 
+BITS: tuple[Bits, ...] = (32, 16, 8, 4)
+HALVES: tuple[Literal["float16", "bfloat16"], ...] = ("float16", "bfloat16")
 EPS = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -37,6 +39,7 @@ def outliers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def relative_error(x: Tensor, y: Tensor) -> float:
+    x, y = x.double(), y.double()
     return float((x - y).norm() / x.norm())
 
 
@@ -77,8 +80,8 @@ def written_out(dim: int, factors: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("factors", [[1], [2], [12], [9, 64], [2, 64], [2, 35, 64]], ids=str)
 def test_the_rotation_is_its_definition(factors: list[int]) -> None:
     dim = math.prod(factors)
-    assume_factors = [len(factor) for factor in _rotation(dim, torch.float64, torch.device("cpu")).factors]
-    assert assume_factors == factors
+    actual_factors = [len(factor) for factor in _rotation(dim, torch.float64, torch.device("cpu")).factors]
+    assert actual_factors == factors
     if dim <= 600:
         actual = rotate(torch.eye(dim, dtype=torch.float64))
         np.testing.assert_allclose(actual.numpy(), written_out(dim, factors), rtol=0, atol=1e-14)
@@ -173,7 +176,9 @@ def slow_bytes(x: Tensor, bits: int, options: WireOptions) -> bytes:
     ("rotated", "group", "d"), [(False, None, 24), (False, 8, 24), (True, None, 27), (True, 9, 27)]
 )
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_frame_is_that_of_the_slow_twin(bits: Bits, rotated: bool, group: int | None, d: int, first: str) -> None:
+def test_a_frame_is_that_of_the_slow_twin(
+    bits: Bits, rotated: bool, group: int | None, d: int, first: Literal["half", "quantised"]
+) -> None:
     options = WireOptions(rotate=rotated, group=group, first_position=first)
     x = drawn(3, 4, d).pow(3)
     x[1, 2] = 0
@@ -187,15 +192,21 @@ def test_a_frame_is_that_of_the_slow_twin(bits: Bits, rotated: bool, group: int 
 
 @given(
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=5),
-    bits=st.sampled_from([32, 16, 8, 4]),
+    bits=st.sampled_from(BITS),
     dtype=st.sampled_from(DTYPES),
-    half=st.sampled_from(["float16", "bfloat16"]),
+    half=st.sampled_from(HALVES),
     rotated=st.booleans(),
     starts=st.booleans(),
     log_scale=st.integers(-4, 4),
 )
 def test_shape_and_dtype_return_and_errors_are_within_their_bounds(
-    shape: list[int], bits: Bits, dtype: torch.dtype, half: str, rotated: bool, starts: bool, log_scale: int
+    shape: list[int],
+    bits: Bits,
+    dtype: torch.dtype,
+    half: Literal["float16", "bfloat16"],
+    rotated: bool,
+    starts: bool,
+    log_scale: int,
 ) -> None:
     x = drawn(*shape, dtype=dtype) * 10.0**log_scale
     codec = codec_of(bits, half=half, rotate=rotated)
@@ -259,15 +270,15 @@ def test_the_rotation_keeps_outlier_channels_from_owning_the_scale(bits: Bits, w
 
 
 def test_clipping_four_bits_never_errs_more_and_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = drawn(64, 192).pow(3)
-    for rotated in (True, False):
+    for x, rotated in product((drawn(64, 576), drawn(64, 576).pow(3)), (True, False)):
         codec = codec_of(4, rotate=rotated, first_position="quantised")
         clipped = (loop(codec, x) - x).norm(dim=-1)
         with monkeypatch.context() as patch:
             patch.setattr(quantisation, "_CLIPS", ())
             unclipped = (loop(codec, x) - x).norm(dim=-1)
         assert bool((clipped <= unclipped * (1 + 100 * EPS)).all())
-        assert float(clipped.mean()) < 0.9 * float(unclipped.mean())
+        if rotated:
+            assert float(clipped.mean()) < 0.9 * float(unclipped.mean())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -279,7 +290,7 @@ def test_the_relative_error_does_not_depend_on_the_magnitude(bits: Bits, rotated
     assert not loop(codec, x * 2.0**-124)[:, 1:].any()  # below what a bfloat16 scale can divide: zero, not NaN
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("bits", BITS)
 def test_zero_rows_stay_zero(bits: Bits) -> None:
     x = drawn(3, 4, 16)
     x[1] = x[2, 3] = 0
@@ -291,8 +302,7 @@ def test_zero_rows_stay_zero(bits: Bits) -> None:
 def test_the_largest_numbers_of_a_dtype_return_finite() -> None:
     x = torch.full((2, 3, 16), 65504.0, dtype=torch.float16) * drawn(2, 3, 16).sign().half()
     for bits in (16, 8, 4):
-        y = loop(codec_of(bits), x)
-        torch.testing.assert_close(y, x, rtol=0.15, atol=0)
+        assert relative_error(x, loop(codec_of(bits), x)) < 0.2
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------------
@@ -300,8 +310,10 @@ def test_the_largest_numbers_of_a_dtype_return_finite() -> None:
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.263), (4, 0.14)])
 @pytest.mark.parametrize("d", [64, 576])
-@pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_the_bytes_are_within_their_share_of_float32(bits: Bits, share: float, d: int, half: str) -> None:
+@pytest.mark.parametrize("half", HALVES)
+def test_the_bytes_are_within_their_share_of_float32(
+    bits: Bits, share: float, d: int, half: Literal["float16", "bfloat16"]
+) -> None:
     payload = codec_of(bits, half=half).encode(drawn(4, 128, d))
     assert bits / 32 < len(payload) / (4 * 4 * 128 * d) <= share
 
@@ -354,7 +366,7 @@ def test_stochastic_rounding_is_unbiased_and_nearest_is_not(bits: Bits) -> None:
     x, n = drawn(2, 32).pow(3), 2000
     nearest = codec_of(bits, rotate=False, first_position="quantised")
     codec = WireCodec(bits, WireOptions(rotate=False, stochastic=True), generator=torch.Generator().manual_seed(3))
-    draws = torch.stack([loop(codec, x, starts=False) for _ in range(n)]).double()
+    draws = loop(codec, x.expand(n, 2, 32), starts=False).double()
     scale = x.abs().amax(-1, keepdim=True).double() / {8: 127, 4: 7}[bits] * (1 + 2.0**-7)
     assert bool(((draws - x).abs() < scale * (1 + 1e-5)).all())
     # A draw's standard deviation is at most half a scale. Floor adds its own rounding, 2^-17 of a scale at most.
@@ -449,10 +461,10 @@ def test_feedback_at_full_precision_is_the_codec_itself() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [(0, 0, 3), (1, 2, 5)], ids=["first", "later"])
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
-@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("half", HALVES)
 def test_values_that_are_not_finite_are_refused_by_name(
-    value: float, where: tuple[int, ...], bits: Bits, half: str
+    value: float, where: tuple[int, ...], bits: Bits, half: Literal["float16", "bfloat16"]
 ) -> None:
     for dtype, rotated in product((torch.float32, torch.float16), (True, False)):
         x = drawn(2, 3, 16, dtype=dtype)
@@ -466,12 +478,19 @@ def test_values_that_are_not_finite_are_refused_by_name(
             assert caught.value.hint
 
 
+def test_what_float32_cannot_rotate_is_refused_rather_than_sent_as_infinity() -> None:
+    for x in (torch.full((2, 3, 16), 3e38), torch.full((2, 3, 16), 1e300, dtype=torch.float64)):
+        with pytest.raises(TrainingError, match="not finite"):
+            codec_of(8).encode(x)
+        assert torch.equal(loop(codec_of(32), x), x)
+
+
 def test_what_cannot_be_encoded_is_refused() -> None:
     with pytest.raises(ConfigError, match="group = 10 does not divide the 16 channels") as caught:
         codec_of(8, group=10).encode(drawn(2, 16))
     assert caught.value.hint
     assert loop(codec_of(16, group=10), drawn(2, 16)).shape == (2, 16)  # a group means nothing without integers
-    for x in (torch.tensor(1.0), torch.zeros(2, 0), torch.zeros(0, 2), torch.zeros(1, 1, 1, 1, 1, 1)):
+    for x in (torch.zeros(2, 0), torch.zeros(0, 2), torch.zeros(1, 1, 1, 1, 1, 1)):
         with pytest.raises(ValueError, match="no place on the wire"):
             codec_of(8).encode(x)
 
@@ -479,7 +498,7 @@ def test_what_cannot_be_encoded_is_refused() -> None:
 def test_options_are_checked() -> None:
     for wrong in ({"activation_bits": 5}, {"group": 4}, {"half": "float8"}, {"first_position": "float16"}, {"bits": 8}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            WireOptions(**wrong)
+            WireOptions.model_validate(wrong)
     assert WireCodec.for_activations(WireOptions(activation_bits=8, gradient_bits=4)).bits == 8
     assert WireCodec.for_gradients(WireOptions(activation_bits=8, gradient_bits=4)).bits == 4
 
@@ -509,7 +528,7 @@ BODY = 24 + 2 * 2 * 16  # where the scales begin in the frame below
         (5, b"\x43", "dtype code 4"),
         (5, b"\x00", "0 dimensions"),
         (5, b"\x06", "6 dimensions"),
-        (5, b"\x04", "groups of 16"),
+        (5, b"\x04", "were agreed"),
         (6, b"\x01\x00", "exponent 1"),
         (8, struct.pack("<I", 8), "'group': 8"),
         (8, struct.pack("<I", 0), "'group': 0"),
@@ -577,7 +596,7 @@ def test_a_peer_with_other_options_is_refused(peer: dict[str, Any]) -> None:
 
 
 def test_a_payload_may_lie_anywhere_and_is_not_shared() -> None:
-    for bits, dtype in product((32, 16, 8, 4), (torch.float32, torch.float64)):
+    for bits, dtype in product(BITS, DTYPES[:2]):
         x, codec = drawn(2, 3, 17, dtype=dtype).requires_grad_(), codec_of(bits)
         payload = codec.encode(x)
         assert payload.dtype == torch.uint8
@@ -596,7 +615,7 @@ def test_a_payload_may_lie_anywhere_and_is_not_shared() -> None:
 
 CODECS = [
     WireCodec(bits, WireOptions(half=half, rotate=rotated, group=group))
-    for bits, half, rotated, group in product((32, 16, 8, 4), ("float16", "bfloat16"), (True, False), (None, 8))
+    for bits, half, rotated, group in product(BITS, HALVES, (True, False), (None, 8))
 ]
 codecs = st.sampled_from(CODECS)
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from veiltune import __version__
 from veiltune.errors import UserError
 
-VERBS = ("demo", "tune", "generate", "verify", "inspect")
+VERBS = ("demo", "tune", "generate", "verify", "inspect", "party")
 MODEL_HELP = "hub id, directory, GGUF file, package:DISTRIBUTION or random:FAMILY[:layers,hidden,heads,vocab]"
 CONFIG_HELP = "a TOML file, or a run's output directory (its config.json)"
 
@@ -41,6 +41,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_generate(verbs, commands["generate"])
     _add_verify(verbs, commands["verify"])
     _add_inspect(verbs, commands["inspect"])
+    _add_party(verbs, commands["party"])
     return parser
 
 
@@ -96,6 +97,15 @@ def _add_inspect(verbs: Any, run: Command) -> None:
     inspect = _add(verbs, "inspect", run, "how each design would cut a model, and who sees what")
     inspect.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     inspect.add_argument("--placement", choices=("compact", "paper"), help="of obfuscatune (default: both)")
+
+
+def _add_party(verbs: Any, run: Command) -> None:
+    party = _add(verbs, "party", run, "run one party as a service, for sessions whose configuration names its address")
+    party.add_argument("role", metavar="ROLE", help="provider, under a design that cuts the model")
+    _add_config(party)
+    party.add_argument(
+        "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="default: a free port of this machine alone"
+    )
 
 
 def _add(verbs: Any, name: str, run: Command, what: str) -> argparse.ArgumentParser:

@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = build_parser({"demo": _demo, "tune": _tune, "generate": _generate, "verify": _verify, "inspect": _inspect})
+    parser = build_parser(
+        {"demo": _demo, "tune": _tune, "generate": _generate, "verify": _verify, "inspect": _inspect, "party": _party}
+    )
     verb = next((each for each in arguments if not each.startswith("-")), None)
     if verb is not None and verb not in VERBS:
         raise UserError(f"there is no verb {verb!r}", hint=nearest(verb, VERBS))
@@ -241,6 +243,20 @@ def _inspect(options: argparse.Namespace) -> int:
         screen = console()
         screen.print(inspect_table(options.model, found.places, found.counts))
         screen.print(sees_list(found))
+    return 0
+
+
+def _party(options: argparse.Namespace) -> int:
+    import signal
+
+    from veiltune.display import ServiceLog, console
+    from veiltune.session.service import Service, parse_address
+
+    config = _configuration(options)
+    service = Service(config, options.role, parse_address(options.listen), ServiceLog(console(), as_json=options.json))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: service.stop())
+    service.run()
     return 0
 
 

@@ -63,7 +63,8 @@ class TrainConfig(Section):
     """The training loop. ``steps`` wins over ``epochs``."""
 
     method: Literal["lora", "full"] = Field(
-        default="lora", description="train LoRA factors, or the blocks' own parameters (only where the owner holds them)"
+        default="lora",
+        description="train LoRA factors, or the blocks' own parameters (only where the owner holds them)",
     )
     steps: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=1, ge=1)

@@ -6,10 +6,11 @@ named as long as anything is shown.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rich.console import Console, Group
 from rich.filesize import decimal
@@ -113,8 +114,21 @@ class Display:
     def _on_resumed(self, fields: Fields) -> None:
         self.note(f"resuming after step {fields['step']}")
 
+    def _on_agreed(self, fields: Fields) -> None:
+        self._say("agreed", f"the provider agrees: session {fields['session']}")
+
+    def _on_emulating(self, fields: Fields) -> None:
+        loss = "" if fields["loss"] is None else f"loss {fields['loss']:.4f}"
+        self._update("emulator", fields["done"], fields["total"], f"{fields['stage']}  {loss}")
+
+    def _on_warming_up(self, fields: Fields) -> None:
+        self._update("warming up", fields["step"], fields["total_steps"], f"dCor {fields['correlation']:.3f}")
+
+    def _on_plugged_in(self, _: Fields) -> None:
+        self.note("the provider has put the result into its model")
+
     def _on_border(self, fields: Fields) -> None:
-        self._border = f"  {decimal(fields['bytes'])} over the enclave's border"
+        self._border = f"  {decimal(fields['bytes'])} over the {fields['border']}"
 
     def _on_step(self, fields: Fields) -> None:
         note = f"loss {fields['loss']:.4f}  {fields['tokens_per_second']:.0f} tokens/s{self._border}"
@@ -173,6 +187,35 @@ class Display:
         if self._simulated:
             parts.append(Text(SIMULATED_LABEL, style="bold red"))
         return Group(*parts, self._progress)
+
+
+class ServiceLog:
+    """What a service tells people, one line an event; as one JSON object a line on stdout, if asked for.
+
+    A terminal's display would be of no use to whoever reads a service's log.
+    """
+
+    def __init__(self, screen: Console, *, as_json: bool) -> None:
+        self.screen = screen
+        self.as_json = as_json
+
+    def __call__(self, event: str, fields: Fields) -> None:
+        """Take one event."""
+        if self.as_json:
+            print(json.dumps({"event": event, **fields}), flush=True)  # noqa: T201 - asked for
+        line = self._lines.get(event)
+        if line is not None:
+            self.screen.print(Text(time.strftime("%H:%M:%S ") + line.format(**fields)))
+
+    _lines: ClassVar[Mapping[str, str]] = {
+        "ready": "loaded: {trunk_layers} layers of the trunk",
+        "listening": "listening at {address}; the session token is the only thing that guards it",
+        "session_ended": "an owner's session has ended",
+        "owner_gone": "an owner went away; what it left was freed",
+        "refused": "refused an owner: {why}",
+        "turned_away": "turned a connection away: {why}",
+        "emulating": "emulator: {stage} {done}/{total}",
+    }
 
 
 def verification_table(verification: Verification) -> Table:

@@ -16,7 +16,7 @@ import torch
 
 from veiltune.batching import Batch, batches, steps_per_epoch
 from veiltune.config import Config, TrainConfig
-from veiltune.errors import TrainingError
+from veiltune.errors import PeerLostError, TrainingError
 from veiltune.examples import TokenizedExample
 from veiltune.results import write_json
 from veiltune.tuner import Tuner
@@ -92,6 +92,7 @@ class Trainer:
         self.interrupted = interrupted
         self.history = History()
         self.total = total_steps(config.train, len(examples))
+        self._saved = 0
 
     def resume(self, commit: dict[str, Any]) -> None:
         """Go back to a committed checkpoint."""
@@ -99,6 +100,7 @@ class Trainer:
         self.history = History(**{name: value for name, value in commit["history"].items() if name in known})
         self.history.interrupted = False
         self.tuner.load(self.history.step)
+        self._saved = self.history.step
         self.report("resumed", {"step": self.history.step, "total_steps": self.total})
 
     def run(self) -> History:
@@ -112,7 +114,11 @@ class Trainer:
         stream = self._batches(self.history.step * train.accumulate)
         while self.history.step < self.total:
             group = [next(stream) for _ in range(train.accumulate)]
-            self._step(group, rates[self.history.step])
+            try:
+                self._step(group, rates[self.history.step])
+            except PeerLostError:
+                self._keep()
+                raise
             step = self.history.step
             last = step == self.total
             if self.validation and (last or (train.evaluate_every and step % train.evaluate_every == 0)):
@@ -166,7 +172,7 @@ class Trainer:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the {what} of step {step} is {value}; the last checkpoint is kept",
-                hint="lower train.learning_rate, set train.max_grad_norm, or check the data and obfuscatune.matrix",
+                hint="lower train.learning_rate, set train.max_grad_norm, or check the data and the design's options",
             )
 
     def _validate(self) -> None:
@@ -179,9 +185,15 @@ class Trainer:
         self.history.validation_loss.append((self.history.step, value))
         self.report("validation", {"step": self.history.step, "loss": value})
 
+    def _keep(self) -> None:
+        """A peer is gone in the middle of a step: where this party holds all that is trained, the steps before are whole."""
+        if self.tuner.holds_state and self.history.step > self._saved:
+            self.checkpoint()
+
     def checkpoint(self) -> None:
         """Save every party's state, then commit."""
         self.tuner.save(self.history.step)
+        self._saved = self.history.step
         commit = {
             "schema": 1,
             "fingerprint": self.config.fingerprint(),

@@ -46,7 +46,12 @@ Scored = tuple[float, bool]
 
 
 class Tuner(ABC):
-    """The owner's side of the training engine. Token ids are int64 of shape (batch, seq)."""
+    """The owner's side of the training engine. Token ids are int64 of shape (batch, seq).
+
+    ``holds_state``: all that is trained, and its optimiser, are in this very party.
+    """
+
+    holds_state = False
 
     @abstractmethod
     def _exchange(self, request: Message) -> Iterator[Message]:
@@ -152,6 +157,8 @@ class RemoteTuner(Tuner):
 
 class EngineTuner(Tuner):
     """A tuner whose engine is in this very party."""
+
+    holds_state = True
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

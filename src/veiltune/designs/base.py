@@ -12,7 +12,9 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from veiltune.parties.owner import Owner
 from veiltune.parties.party import Party
+from veiltune.transport.channel import Channel
 
 Form = Literal["public", "clear", "masked", "control"]
 """``public``: no secret of anyone. ``clear``: readable as it is. ``masked``: under a key. ``control``: figures and requests."""
@@ -34,6 +36,7 @@ class Design:
         name: as in the configuration.
         summary: one sentence for people.
         options: the model of its table in the configuration.
+        join: makes the owner of a session: its first words with the others.
         roles: what each party runs.
         links: pairs of parties that talk; the first of a pair starts.
         data_plane: the link that carries tensors at every step, through shared memory where there is some.
@@ -45,11 +48,13 @@ class Design:
         is_exact: whether the claim is equality with `local` up to rounding, for given options.
         baseline: the options of `local` that train the same layers in the clear.
         methods: what it can train: LoRA factors, the blocks' own parameters.
+        services: roles that can serve many sessions as one long-running process; each makes, once, what serves a link.
     """
 
     name: str
     summary: str
     options: type[BaseModel]
+    join: Callable[[Party], Owner]
     roles: Mapping[str, Callable[[Party], None]]
     links: tuple[tuple[str, str], ...]
     data_plane: tuple[str, str]
@@ -61,6 +66,7 @@ class Design:
     is_exact: Callable[[BaseModel], bool]
     baseline: Mapping[str, str] = field(default_factory=dict)
     methods: frozenset[str] = frozenset({"lora"})
+    services: Mapping[str, Callable[[Party], Callable[[Channel], None]]] = field(default_factory=dict)
 
     def may_receive(self, observer: str) -> frozenset[str]:
         """Kinds of message this observer may get."""

@@ -16,7 +16,16 @@ from pydantic import BaseModel
 
 from veiltune.config import Section
 from veiltune.designs.base import SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design
-from veiltune.parties.split import CacheOptions, ServerOptions, SplitPlan, WarmUpOptions, own_layers, provide_trunk
+from veiltune.parties.owner import own
+from veiltune.parties.split import (
+    CacheOptions,
+    ServerOptions,
+    SplitPlan,
+    WarmUpOptions,
+    join_with_layers,
+    open_trunk,
+    provide_trunk,
+)
 from veiltune.privacy.quantisation import WireOptions
 
 
@@ -36,22 +45,26 @@ def _plan(options: Any) -> SplitPlan:
 
 def _exact(options: BaseModel) -> bool:
     wire, warm_up = getattr(options, "wire"), getattr(options, "warm_up")  # noqa: B009 - of these options
-    return wire.activation_bits == 32 and warm_up.steps == 0  # noqa: PLR2004
+    return wire.activation_bits == 32 and warm_up.steps == 0
 
+
+_join = partial(join_with_layers, planner=_plan)
 
 GRADFREE = Design(
     name="gradfree",
     summary="only the top layers are tuned: no gradient crosses, and each example crosses once",
     options=GradfreeOptions,
-    roles={"owner": partial(own_layers, planner=_plan), "provider": partial(provide_trunk, planner=_plan)},
+    join=_join,
+    roles={"owner": partial(own, join=_join), "provider": partial(provide_trunk, planner=_plan)},
     links=(("owner", "provider"),),
     data_plane=("owner", "provider"),
     trainer="owner",
     enclaves=frozenset(),
     reveals={"owner": SPLIT_OWNER_REVEALS, "provider": SPLIT_PROVIDER_REVEALS},
     also_sees={"provider": ("the trunk, which is its own; bottom and top as they were before tuning",)},
-    exactness="approximate: states are rounded once each way; with 32 bits and no warm-up, equal to local tuning of the top layers",
+    exactness="approximate: states are rounded; with 32 bits and no warm-up, equal to local tuning of the top layers",
     is_exact=_exact,
     baseline={"layers": "top"},
     methods=frozenset({"lora", "full"}),
+    services={"provider": partial(open_trunk, planner=_plan)},
 )

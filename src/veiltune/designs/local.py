@@ -19,7 +19,7 @@ from veiltune.models.precision import round_between_operations
 from veiltune.models.skeleton import compute_dtype, config_from_json, empty_model, resolve_device
 from veiltune.models.trainable import make_trainable
 from veiltune.models.trunk import make_optimizer
-from veiltune.parties.owner import own
+from veiltune.parties.owner import join, own
 from veiltune.parties.party import Party
 from veiltune.parties.provider import provide, receive_weights
 from veiltune.transport.messages import Goodbye, ModelCard
@@ -47,9 +47,7 @@ def run_host(party: Party) -> None:
     receive_weights(party.links["provider"], model, dtype, device)
     family = find_family(model_config)
     layers = trained_layers(config, model_config, party.options)
-    parameters = make_trainable(
-        model, family, layers, config.lora, config.train.method, dtype=dtype, device=device
-    )
+    parameters = make_trainable(model, family, layers, config.lora, config.train.method, dtype=dtype, device=device)
     if rounded:
         round_between_operations(model)
     store = StateStore(party.directory, config.fingerprint())
@@ -75,12 +73,15 @@ def _exact(_: BaseModel) -> bool:
     return True
 
 
+_join = partial(join, trainer="host", attested=False)
+
 LOCAL = Design(
     name="local",
     summary="everything in the clear on the host; the yardstick",
     options=LocalOptions,
+    join=_join,
     roles={
-        "owner": partial(own, trainer="host", attested=False),
+        "owner": partial(own, join=_join),
         "provider": partial(provide, trainer="host", attested=False),
         "host": run_host,
     },

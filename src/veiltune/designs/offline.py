@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field
 from veiltune.config import Section
 from veiltune.designs.base import SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design, Reveal
 from veiltune.models.emulators.options import EmulatorOptions
-from veiltune.parties.split import ServerOptions, SplitPlan, own_layers, provide_trunk
+from veiltune.parties.owner import own
+from veiltune.parties.split import ServerOptions, SplitPlan, join_with_layers, open_trunk, provide_trunk
 from veiltune.privacy.decorrelation import DecorrelationOptions
 from veiltune.privacy.quantisation import WireOptions
 
@@ -45,11 +46,14 @@ def _exact(_: BaseModel) -> bool:
     return False
 
 
+_join = partial(join_with_layers, planner=_plan)
+
 OFFLINE = Design(
     name="offline",
     summary="offsite tuning against a compressed emulator, decorrelated, with a quantised wire at inference",
     options=OfflineOptions,
-    roles={"owner": partial(own_layers, planner=_plan), "provider": partial(provide_trunk, planner=_plan)},
+    join=_join,
+    roles={"owner": partial(own, join=_join), "provider": partial(provide_trunk, planner=_plan)},
     links=(("owner", "provider"),),
     data_plane=("owner", "provider"),
     trainer="owner",
@@ -70,4 +74,5 @@ OFFLINE = Design(
     is_exact=_exact,
     baseline={"layers": "owner"},
     methods=frozenset({"lora", "full"}),
+    services={"provider": partial(open_trunk, planner=_plan)},
 )

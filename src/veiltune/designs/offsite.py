@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field
 from veiltune.config import Section
 from veiltune.designs.base import SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design, Reveal
 from veiltune.models.emulators.options import EmulatorOptions
-from veiltune.parties.split import ServerOptions, SplitPlan, own_layers, provide_trunk
+from veiltune.parties.owner import own
+from veiltune.parties.split import ServerOptions, SplitPlan, join_with_layers, open_trunk, provide_trunk
 
 
 class OffsiteOptions(Section):
@@ -35,17 +36,23 @@ def _exact(_: BaseModel) -> bool:
     return False
 
 
+_join = partial(join_with_layers, planner=_plan)
+
 OFFSITE = Design(
     name="offsite",
     summary="offsite tuning: the owner tunes against an emulator of the trunk, and plugs the result into the whole model",
     options=OffsiteOptions,
-    roles={"owner": partial(own_layers, planner=_plan), "provider": partial(provide_trunk, planner=_plan)},
+    join=_join,
+    roles={"owner": partial(own, join=_join), "provider": partial(provide_trunk, planner=_plan)},
     links=(("owner", "provider"),),
     data_plane=("owner", "provider"),
     trainer="owner",
     enclaves=frozenset(),
     reveals={
-        "owner": {**SPLIT_OWNER_REVEALS, "EmulatorShard": Reveal("an emulator of the trunk, the owner's to keep", "clear")},
+        "owner": {
+            **SPLIT_OWNER_REVEALS,
+            "EmulatorShard": Reveal("an emulator of the trunk, the owner's to keep", "clear"),
+        },
         "provider": {
             **SPLIT_PROVIDER_REVEALS,
             "EmulatorRequest": Reveal("that the emulator is asked for", "control"),
@@ -57,4 +64,5 @@ OFFSITE = Design(
     is_exact=_exact,
     baseline={"layers": "owner"},
     methods=frozenset({"lora", "full"}),
+    services={"provider": partial(open_trunk, planner=_plan)},
 )

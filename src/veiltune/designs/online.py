@@ -16,7 +16,8 @@ from pydantic import BaseModel
 
 from veiltune.config import Section
 from veiltune.designs.base import GRADIENT_REVEALS, SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design
-from veiltune.parties.split import ServerOptions, SplitPlan, own_layers, provide_trunk
+from veiltune.parties.owner import own
+from veiltune.parties.split import ServerOptions, SplitPlan, join_with_layers, open_trunk, provide_trunk
 from veiltune.privacy.decorrelation import DecorrelationOptions
 from veiltune.privacy.quantisation import WireOptions
 
@@ -36,14 +37,17 @@ def _plan(options: Any) -> SplitPlan:
 
 def _exact(options: BaseModel) -> bool:
     wire, decorrelation = getattr(options, "wire"), getattr(options, "decorrelation")  # noqa: B009 - of these options
-    return wire.activation_bits == wire.gradient_bits == 32 and decorrelation.alpha == 0  # noqa: PLR2004
+    return wire.activation_bits == wire.gradient_bits == 32 and decorrelation.alpha == 0
 
+
+_join = partial(join_with_layers, planner=_plan)
 
 ONLINE = Design(
     name="online",
     summary="split learning with decorrelated states and a quantised wire, both ways",
     options=OnlineOptions,
-    roles={"owner": partial(own_layers, planner=_plan), "provider": partial(provide_trunk, planner=_plan)},
+    join=_join,
+    roles={"owner": partial(own, join=_join), "provider": partial(provide_trunk, planner=_plan)},
     links=(("owner", "provider"),),
     data_plane=("owner", "provider"),
     trainer="owner",
@@ -53,8 +57,9 @@ ONLINE = Design(
         "provider": {**SPLIT_PROVIDER_REVEALS, **GRADIENT_REVEALS["provider"]},
     },
     also_sees={"provider": ("the trunk, which is its own; bottom and top as they were before tuning",)},
-    exactness="approximate: states and gradients are rounded, and the objective has a second term; with 32 bits and α = 0, `split`",
+    exactness="approximate: rounded on the wire, with a second term in the objective; with 32 bits and α = 0 it is split",
     is_exact=_exact,
     baseline={"layers": "owner"},
     methods=frozenset({"lora", "full"}),
+    services={"provider": partial(open_trunk, planner=_plan)},
 )

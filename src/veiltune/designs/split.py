@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 from veiltune.config import Section
 from veiltune.designs.base import GRADIENT_REVEALS, SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design
-from veiltune.parties.split import ServerOptions, SplitPlan, own_layers, provide_trunk
+from veiltune.parties.owner import own
+from veiltune.parties.split import ServerOptions, SplitPlan, join_with_layers, open_trunk, provide_trunk
 
 
 class SplitOptions(Section):
@@ -34,11 +35,14 @@ def _exact(_: BaseModel) -> bool:
     return True
 
 
+_join = partial(join_with_layers, planner=_plan)
+
 SPLIT = Design(
     name="split",
     summary="split learning: the owner keeps the first and last layers, full precision crosses both ways",
     options=SplitOptions,
-    roles={"owner": partial(own_layers, planner=_plan), "provider": partial(provide_trunk, planner=_plan)},
+    join=_join,
+    roles={"owner": partial(own, join=_join), "provider": partial(provide_trunk, planner=_plan)},
     links=(("owner", "provider"),),
     data_plane=("owner", "provider"),
     trainer="owner",
@@ -52,4 +56,5 @@ SPLIT = Design(
     is_exact=_exact,
     baseline={"layers": "owner"},
     methods=frozenset({"lora", "full"}),
+    services={"provider": partial(open_trunk, planner=_plan)},
 )

@@ -207,7 +207,7 @@ def _configure(
 
 def _verify(config: Config, against: Against, on_event: OnEvent) -> Verification:
     rows = token_rows(config.model)
-    plain, _ = _probe(config.model_copy(update={"design": "local"}), "plain", rows, on_event)
+    plain, _ = _probe(baseline_of(config), "plain", rows, on_event)
     protected, outcome = _probe(config, "protected", rows, on_event)
     errors = compare(plain, protected)
     own = own_condition_number(config)
@@ -226,6 +226,12 @@ def _verify(config: Config, against: Against, on_event: OnEvent) -> Verification
         greedy_equal=torch.equal(plain["tokens"], protected["tokens"]),
         result=result.model_copy(update={"loss": protected["losses"].tolist()}),
     )
+
+
+def baseline_of(config: Config) -> Config:
+    """The same run under `local`, training the layers that the design trains."""
+    options = {**config.design_options, "local": dict(DESIGNS[config.design].baseline)}
+    return config.model_copy(update={"design": "local", "design_options": options})
 
 
 def _probe(config: Config, name: str, rows: list[list[int]], on_event: OnEvent) -> tuple[dict[str, Tensor], Outcome]:

@@ -61,7 +61,7 @@ def _own_parameters(model: nn.Module, family: Family, layers: Collection[int]) -
     prefixes = tuple(f"{family.blocks}.{layer}." for layer in layers)
     found = {name: value for name, value in model.named_parameters() if name.startswith(prefixes)}
     for value in found.values():
-        value.requires_grad_(requires_grad=True)
+        value.requires_grad = True
     return found
 
 

@@ -258,13 +258,14 @@ def join(party: Party, trainer: str, *, attested: bool) -> Owner:
     return Owner(party, tuner, tokenizer_from(files, party.config.model), config_from_json(card.config))
 
 
-def own(party: Party, trainer: str, *, attested: bool) -> None:
-    """Run the owner of a design whose training engine is another party.
+def own(party: Party, join: Callable[[Party], Owner]) -> None:
+    """Run the owner: join the session, do the job, take leave.
 
     Raises:
         DataError: the data cannot be used. Others come from what the job does.
+        PeerLostError: a party went away, and did not come back if it is a service.
     """
-    owner = join(party, trainer, attested=attested)
+    owner = join(party)
     JOBS[party.job.verb](owner)
     owner.leave()
 

@@ -59,7 +59,8 @@ class Party:
         meter: counts every message of ``links``.
         directory: this party's own state.
         figures: what it found out, for the record.
-        reconnect: makes a lost link to a service anew, by role; ``None`` where there is none to be made.
+        reconnect: makes a link to a service, or a lost one anew, by role; ``None`` where there is none to be made.
+        services: roles that already run as services.
     """
 
     role: str
@@ -72,6 +73,17 @@ class Party:
     directory: Path
     figures: dict[str, Any] = field(default_factory=dict)
     reconnect: Callable[[str], Channel] | None = None
+    services: tuple[str, ...] = ()
+
+    def dial_services(self) -> None:
+        """Link up with the parties that run as services.
+
+        Raises:
+            PeerLostError: one is not there.
+            ProtocolError: one has another session token.
+        """
+        if self.reconnect is not None:
+            self.links = {**self.links, **{role: self.reconnect(role) for role in self.services}}
 
     def report(self, event: str, fields: dict[str, Any] | None = None) -> None:
         """Tell the supervisor of progress."""

@@ -298,8 +298,8 @@ class ErrorFeedback:
     takes its place later. The receiver makes of them a sum over tokens, Σ_t J_tᵀ·g_t. Let J_t = J + D_t, J common to all tokens
     and examples. Then the losses e_t cost Jᵀ·Σ_t e_t, which adds up from step to step, and is a bias where rounding drops the
     same small channels each time; and Σ_t D_tᵀ·e_t, which averages out and which no delayed correction can reach. So the
-    residual is one vector, r = Σ_t e_t, and the next tensor carries it in shares proportional to its rows: g_t + r·|g_t|₁ / Σ|g|₁.
-    Rows of zeros (padding) stay zero, and no row changes by more than |r|₁ / Σ|g|₁ of its own size.
+    residual is one vector, r = Σ_t e_t, and the next tensor carries it in proportion to its rows: g_t + r·|g_t|₁ / Σ|g|₁. Rows
+    of zeros (padding) stay zero, and no row changes by more than |r|₁ / Σ|g|₁ of its own size.
 
     *Bound.* After any number of tensors the sum over all rows sent is the sum over all rows given less ``residual``, which is
     what the last tensor, of n rows, lost: at most n·s·√d / 2 in norm, s = max|y| / Q (stochastic: twice that).

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from veiltune.config import Config
 from veiltune.designs import DESIGNS, Design
 from veiltune.parties.party import Job, Party
 from veiltune.session.party_main import design_options, run_party
+from veiltune.session.service import dial
 from veiltune.transport.channel import Channel, ChannelOptions, memory_pair
 from veiltune.transport.shared_memory import DEFAULT_ARENA_BYTES, SharedMemoryChannel, open_link
 from veiltune.transport.stream import SocketChannel, accept, connect, listen_loopback, token_handshake
@@ -150,10 +151,11 @@ def start_processes(config: Config, job: Job, *, here: str | None = None) -> tup
     for a, b in design.links:
         for me, peer, wire in _wire(config, design, a, b):
             wires[me].append({"peer": peer, **wire})
+    local = [role for role in design.roles if role not in config.session.connect]
     started: list[Running] = []
     mine: Party | None = None
     (Path(config.output) / "log").mkdir(parents=True, exist_ok=True)
-    for role in sorted(design.roles, key=lambda role: role == here):
+    for role in sorted(local, key=lambda role: role == here):
         ours, theirs = socket.socketpair()
         if role == here:
             mine, _ = attach(_start_record(config, job, role, wires[role], theirs.detach()))
@@ -166,7 +168,12 @@ def start_processes(config: Config, job: Job, *, here: str | None = None) -> tup
 
 
 def _wire(config: Config, design: Design, a: str, b: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Both ends of a link: (me, peer, descriptors)."""
+    """Both ends of a link: (me, peer, descriptors); one end alone where the other party is a service."""
+    services = config.session.connect
+    if a in services or b in services:
+        me, peer = (b, a) if a in services else (a, b)
+        yield me, peer, {"kind": "service", "fds": []}
+        return
     if config.session.link == "shared_memory" and (a, b) == design.data_plane:
         ends = open_link(DEFAULT_ARENA_BYTES)
         yield a, b, {"kind": "shared_memory", "fds": list(ends[0]), "num_bytes": DEFAULT_ARENA_BYTES}
@@ -245,10 +252,25 @@ def attach(start: dict[str, Any]) -> tuple[Party, Transcript | None]:
     links: dict[str, Channel] = {}
     for wire in start["wires"]:
         options = channel_options(design, role, wire["peer"], _present(observers))
+        if wire["kind"] == "service":
+            continue  # dialled when the role begins: see `Party.dial_services`
         if wire["kind"] == "shared_memory":
             fds = (wire["fds"][0], wire["fds"][1], wire["fds"][2])
             links[wire["peer"]] = SharedMemoryChannel.from_fds(fds, wire["num_bytes"], role, wire["peer"], **options)
         else:
             links[wire["peer"]] = SocketChannel(socket.socket(fileno=wire["fds"][0]), role, wire["peer"], **options)
     control = SocketChannel(socket.socket(fileno=start["control"]), role, CONTROL)
-    return _party(config, Job.model_validate(start["job"]), role, links, control, observers[0]), observers[1]
+    party = _party(config, Job.model_validate(start["job"]), role, links, control, observers[0])
+    if config.session.connect:
+        party.reconnect = _reconnecting(config, design, role, observers)
+        party.services = tuple(wire["peer"] for wire in start["wires"] if wire["kind"] == "service")
+    return party, observers[1]
+
+
+def _reconnecting(
+    config: Config, design: Design, role: str, observers: tuple[Meter, Transcript | None]
+) -> Callable[[str], Channel]:
+    def reconnect(peer: str) -> Channel:
+        return dial(config, peer, channel_options(design, role, peer, _present(observers)), me=role)
+
+    return reconnect

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from veiltune.config import Config
 from veiltune.designs import DESIGNS
 from veiltune.errors import PeerLostError, ProtocolError
-from veiltune.parties.owner import Owner, join
+from veiltune.parties.owner import Owner
 from veiltune.parties.party import Job
 from veiltune.session.launch import start_processes
 from veiltune.session.run import GRACE_SECONDS, prepare_output
@@ -32,7 +32,8 @@ def live_owner(config: Config, *, overwrite: bool = False) -> Generator[Owner]:
     for running in started:
         threading.Thread(target=_drain, args=(running.control,), daemon=True).start()
     try:
-        owner = join(party, design.trainer, attested=design.trainer in design.enclaves)
+        party.dial_services()
+        owner = design.join(party)
         yield owner
         owner.leave()
     except PeerLostError as error:

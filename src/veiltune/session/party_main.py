@@ -24,6 +24,7 @@ def run_party(party: Party) -> None:
     design = DESIGNS[party.config.design]
     ending: Message
     try:
+        party.dial_services()
         design.roles[party.role](party)
         ending = PartyDone({**party.figures, "traffic": party.meter.snapshot(), "peak_rss": peak_rss_bytes()})
     except VeiltuneError as error:

@@ -18,6 +18,7 @@ from veiltune.errors import CheckpointError, ConfigError, PeerLostError, Protoco
 from veiltune.parties.party import Job
 from veiltune.results import write_json
 from veiltune.session.launch import Running, start_processes, start_threads
+from veiltune.session.service import check_connect
 from veiltune.training import COMMIT
 from veiltune.transport.messages import Interrupt, Message, PartyDone, PartyFailed, Progress
 from veiltune.transport.transcript import Traffic, merge_traffic
@@ -67,8 +68,17 @@ def prepare_output(config: Config, *, resume: bool, overwrite: bool) -> int | No
         CheckpointError: ``resume`` was, and there is no checkpoint of this configuration.
     """
     output = Path(config.output)
+    design = DESIGNS[config.design]
+    if config.train.method not in design.methods:
+        raise ConfigError(
+            f"train.method = {config.train.method!r}: {design.name} cannot train that",
+            hint=f"it can: {', '.join(sorted(design.methods))}",
+        )
+    check_connect(config, design)
+    if config.session.connect and not config.session.processes:
+        raise ConfigError("session.connect needs session.processes = true", hint="leave session.processes out")
     for observer in config.session.record:
-        if observer not in (roles := DESIGNS[config.design].roles):
+        if observer not in (roles := design.roles):
             raise ConfigError(f"session.record names no party: {observer!r}", hint=nearest(observer, roles))
     if resume:
         return _committed_step(config)

@@ -20,6 +20,7 @@ LOOPBACK = "127.0.0.1"
 HANDSHAKE_SECONDS = 10.0
 _MAX_PIECES = 512  # the operating system takes at most IOV_MAX (1024 on Linux) pieces a call
 _SOCKET_BUFFER_BYTES = 4 << 20
+_LONGEST_PAUSE_SECONDS = 2.0
 
 Handshake = Callable[[socket.socket], None]
 """Proves both ends to one another on a fresh connection, or raises `ProtocolError`. It may take `HANDSHAKE_SECONDS`."""
@@ -133,7 +134,7 @@ def accept(listener: socket.socket, handshake: Handshake, timeout: float = 60.0)
             sock, _ = listener.accept()
         except TimeoutError:
             break
-        if _proves_itself(sock, handshake, min(HANDSHAKE_SECONDS, max(0.1, deadline - time.monotonic()))):
+        if proves_itself(sock, handshake, min(HANDSHAKE_SECONDS, max(0.1, deadline - time.monotonic()))):
             return sock
         refused += 1
     raise PeerLostError(
@@ -150,6 +151,7 @@ def connect(host: str, port: int, handshake: Handshake, timeout: float = 60.0) -
         ProtocolError: whoever listens there does not belong to this session.
     """
     deadline = time.monotonic() + timeout
+    pause = 0.05
     while True:
         try:
             sock = socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic()))
@@ -159,8 +161,9 @@ def connect(host: str, port: int, handshake: Handshake, timeout: float = 60.0) -
                 raise PeerLostError(
                     f"nothing listens at {host}:{port} after {timeout:g} s", hint="is the other party up?"
                 ) from error
-            time.sleep(0.05)
-    if not _proves_itself(sock, handshake, HANDSHAKE_SECONDS):
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    if not proves_itself(sock, handshake, HANDSHAKE_SECONDS):
         raise ProtocolError(f"{host}:{port} did not prove that it belongs to this session", hint="same session token?")
     return sock
 
@@ -201,8 +204,8 @@ def token_handshake(token: bytes, *, listening: bool) -> Handshake:
     return handshake
 
 
-def _proves_itself(sock: socket.socket, handshake: Handshake, seconds: float) -> bool:
-    """Run the handshake; on any failure close the socket."""
+def proves_itself(sock: socket.socket, handshake: Handshake, seconds: float) -> bool:
+    """Run the handshake on a fresh connection, within that many seconds; on any failure close it and return false."""
     sock.settimeout(seconds)
     try:
         handshake(sock)

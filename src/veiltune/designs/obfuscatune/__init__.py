@@ -19,7 +19,7 @@ from veiltune.designs.base import ACK, DONE, ENGINE_REVEALS, OWNER_REVEALS, PROV
 from veiltune.designs.obfuscatune.enclave import run_enclave
 from veiltune.designs.obfuscatune.host import run_host
 from veiltune.designs.obfuscatune.options import ObfuscaTuneOptions
-from veiltune.parties.owner import own
+from veiltune.parties.owner import join, own
 from veiltune.parties.provider import provide
 
 __all__ = ["OBFUSCATUNE", "ObfuscaTuneOptions"]
@@ -55,12 +55,15 @@ def _exact(options: BaseModel) -> bool:
     return getattr(options, "matrix", "") != "gaussian"
 
 
+_join = partial(join, trainer="enclave", attested=True)
+
 OBFUSCATUNE = Design(
     name="obfuscatune",
     summary="a small enclave keeps embeddings, norms and head; the host computes on masked states and weights",
     options=ObfuscaTuneOptions,
+    join=_join,
     roles={
-        "owner": partial(own, trainer="enclave", attested=True),
+        "owner": partial(own, join=_join),
         "provider": partial(provide, trainer="enclave", attested=True),
         "enclave": run_enclave,
         "host": run_host,

@@ -34,8 +34,7 @@ def emulator_blocks(
         trunk: the slots of the agreed cut.
         card: what the emulator is.
         tensors: the card's tensors. Those it did not promise are refused.
-        materialise: dequantise once, here, into this dtype, instead of at every product: faster, in the memory of dense
-            weights.
+        materialise: dequantise once, here, into this dtype, instead of at every product: dense weights stay in memory.
 
     Raises:
         ProtocolError: the card is of another cut, or the tensors are not those it promises.

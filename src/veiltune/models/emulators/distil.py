@@ -128,8 +128,7 @@ def distil(
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=options.distil_learning_rate, weight_decay=0.0)
     start, first = _resume(store, optimizer, parameters)
     last = first
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
+    trained = nn.ModuleList(blocks.values()).requires_grad_(True)
     for step in range(start, options.distil_steps):
         last = _step(student, plan, optimizer, parameters, options, step)
         first = last if step == 0 else first
@@ -138,9 +137,8 @@ def distil(
             _save(store, done, optimizer, parameters, first)
         if progress is not None:
             progress("distil", done, options.distil_steps, last)
-    for parameter in parameters.values():
-        parameter.requires_grad_(False)
-        parameter.grad = None
+    trained.requires_grad_(False)
+    optimizer.zero_grad()
     return first, last
 
 

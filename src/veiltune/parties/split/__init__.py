@@ -1,7 +1,15 @@
-"""The two parties of designs that cut the model between them: the provider's trunk server, and an owner with layers of its own."""
+"""Designs that cut the model have two parties: the provider with its trunk, and an owner with layers of its own."""
 
-from veiltune.parties.split.owner import own_layers
+from veiltune.parties.split.owner import join_with_layers
 from veiltune.parties.split.plan import CacheOptions, ServerOptions, SplitPlan, WarmUpOptions
-from veiltune.parties.split.provider import provide_trunk
+from veiltune.parties.split.provider import open_trunk, provide_trunk
 
-__all__ = ["CacheOptions", "ServerOptions", "SplitPlan", "WarmUpOptions", "own_layers", "provide_trunk"]
+__all__ = [
+    "CacheOptions",
+    "ServerOptions",
+    "SplitPlan",
+    "WarmUpOptions",
+    "join_with_layers",
+    "open_trunk",
+    "provide_trunk",
+]

@@ -65,16 +65,26 @@ class Emulation:
         with self._lock:
             if self._built is None:
                 dtype = next(self._trunk().model.parameters()).dtype
-                names = {n: s for _, group in shards(self.checkpoint, find_family(self.checkpoint.config)) for n, s in group.items()}
+                names = {
+                    n: s
+                    for _, group in shards(self.checkpoint, find_family(self.checkpoint.config))
+                    for n, s in group.items()
+                }
 
                 def read(wanted: Sequence[str]) -> dict[str, Tensor]:
                     found = read_group(self.checkpoint, {name: names[name] for name in wanted if name in names})
                     return {name: value.to(dtype) for name, value in found.items()}
 
-                source = TrunkSource(self.checkpoint.config, self.cut.trunk, read, f"{self.checkpoint.fingerprint} {dtype}")
+                source = TrunkSource(
+                    self.checkpoint.config, self.cut.trunk, read, f"{self.checkpoint.fingerprint} {dtype}"
+                )
                 distillation = self._distillation() if self.options.kind == "distilled" else None
                 self._built = build_emulator(
-                    source, self.options, distillation=distillation, directory=self.party.directory, progress=self._report
+                    source,
+                    self.options,
+                    distillation=distillation,
+                    directory=self.party.directory,
+                    progress=self._report,
                 )
             return self._built
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from veiltune.checkpoints import StateStore
 from veiltune.engine import Engine, ParameterBackend
-from veiltune.errors import PeerLostError
 from veiltune.examples import TokenizedExample
 from veiltune.models.cut import Cut, owner_model
 from veiltune.models.families import find_family
@@ -21,7 +20,7 @@ from veiltune.models.skeleton import compute_dtype, config_from_json, resolve_de
 from veiltune.models.trainable import make_trainable
 from veiltune.models.trunk import make_optimizer
 from veiltune.models.trunk_stub import TrunkStub, install_trunk_stub
-from veiltune.parties.owner import JOBS, Owner, tokenizer_from
+from veiltune.parties.owner import Owner, tokenizer_from
 from veiltune.parties.party import Party
 from veiltune.parties.provider import receive_weights
 from veiltune.parties.split.plan import SplitPlan, terms_of
@@ -141,7 +140,7 @@ class SplitOwner(Owner):
                     self.party, self.model, self.stub, bottom, plan.warm_up, examples, pad_id=self.pad_id
                 )
             for parameter in self._of_bottom(self.split_tuner.parameters).values():
-                parameter.requires_grad_(requires_grad=False)  # no longer trained, yet part of the result
+                parameter.requires_grad = False  # no longer trained, yet part of the result
         self.split_tuner.prepare(examples, held_out, bottom=self._bottom_fingerprint())
 
     def _bottom_fingerprint(self) -> str:
@@ -186,19 +185,12 @@ def _read_pins(party: Party) -> dict[str, Any]:
         return {}
 
 
-def own_layers(party: Party, planner: Planner) -> None:
-    """Run the owner of a design that cuts the model.
+def join_with_layers(party: Party, planner: Planner) -> SplitOwner:
+    """The owner of a design that cuts the model, with its layers in place.
 
     Raises:
-        DataError: the data cannot be used.
-        PeerLostError: the provider went away and did not come back.
-        ProtocolError: the provider refuses.
+        ConfigError: the cut does not fit the model.
+        PeerLostError: the provider went away.
+        ProtocolError: the provider refuses, or sends what is not its part.
     """
-    owner = SplitOwner(party, planner(party.options))
-    try:
-        JOBS[party.job.verb](owner)
-    except PeerLostError as error:
-        raise PeerLostError(
-            error.message, hint=error.hint or "start the provider again, then run again with --resume"
-        ) from error
-    owner.leave()
+    return SplitOwner(party, planner(party.options))

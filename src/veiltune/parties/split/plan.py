@@ -7,7 +7,7 @@ design's options, says what is trained, how the wire is encoded, and what stands
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
@@ -46,7 +46,9 @@ class WarmUpOptions(Section):
 
     steps: int = Field(default=0, ge=0, description="0: none; the bottom is left as it came")
     learning_rate: float = Field(default=1e-3, gt=0)
-    alpha: float = Field(default=1.0, ge=0, description="weight of the distance correlation beside fidelity to the old states")
+    alpha: float = Field(
+        default=1.0, ge=0, description="weight of the distance correlation beside fidelity to the old states"
+    )
     samples: int = Field(default=256, ge=2, description="rows of a batch that the correlation is taken over")
 
 
@@ -66,18 +68,17 @@ class SplitPlan:
     """
 
     trains: Literal["owner", "top"] = "owner"
-    wire: WireOptions = WireOptions()
+    wire: WireOptions = field(default_factory=WireOptions)
     decorrelation: DecorrelationOptions | None = None
     cache: CacheOptions | None = None
     warm_up: WarmUpOptions | None = None
     emulator: EmulatorOptions | None = None
     plug_in: bool = False
-    server: ServerOptions = ServerOptions()
+    server: ServerOptions = field(default_factory=ServerOptions)
 
 
 def terms_of(config: Config, plan: SplitPlan, *, pins: Mapping[str, Any]) -> dict[str, Any]:
     """What one party is ready to do, item by item. ``pins``: ``weights`` and ``vocabulary``, where it knows them."""
-
     emulator = None
     if plan.emulator is not None:  # how it is distilled is the provider's business
         decisive = plan.emulator.decisive()
@@ -112,7 +113,9 @@ def require_agreement(asked: Mapping[str, Any], served: Mapping[str, Any]) -> No
             hint=_HINTS.get(name, f"agree on {name} in both configurations"),
         )
     for name in asked.keys() - served.keys():
-        raise ProtocolError(f"the owner asks for {name!r}, of which this provider knows nothing", hint="use one version")
+        raise ProtocolError(
+            f"the owner asks for {name!r}, of which this provider knows nothing", hint="use one version"
+        )
 
 
 _HINTS = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from veiltune.config import Config
 from veiltune.errors import ProtocolError
 from veiltune.models.adapters import save_adapter
-from veiltune.models.checkpoint import Checkpoint
+from veiltune.models.checkpoint import Checkpoint, quiet_transformers
 from veiltune.models.families import find_family
 from veiltune.transport.messages import PlugIn
 
@@ -30,15 +30,16 @@ def plug_in(directory: Path, checkpoint: Checkpoint, config: Config, returned: P
     for name, value in returned.tensors.items():
         if not torch.isfinite(value).all():
             raise ProtocolError(f"the returned tensor {name!r} is not finite", hint="the tuning diverged; tune again")
-    model: Any = checkpoint.load_plain(torch.float32)
-    if returned.method == "full":
-        _replace(model, returned.tensors)
-    elif returned.tensors:
-        model = _merged(model, checkpoint, config, returned.tensors, directory.with_name("plug-in.adapter"))
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    checkpoint.load_tokenizer().save_pretrained(partial)
+    with quiet_transformers():
+        model: Any = checkpoint.load_plain(torch.float32)
+        if returned.method == "full":
+            _replace(model, returned.tensors)
+        elif returned.tensors:
+            model = _merged(model, checkpoint, config, returned.tensors, directory.with_name("plug-in.adapter"))
+        model.save_pretrained(partial)
+        checkpoint.load_tokenizer().save_pretrained(partial)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
     log.info("plugged in %d tensors", len(returned.tensors))
@@ -49,7 +50,9 @@ def _replace(model: Any, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in tensors.items():
             if name not in own or own[name].shape != value.shape:
-                raise ProtocolError(f"the returned tensor {name!r} of shape {tuple(value.shape)} has no place in the model")
+                raise ProtocolError(
+                    f"the returned tensor {name!r} of shape {tuple(value.shape)} has no place in the model"
+                )
             own[name].copy_(value)
 
 
@@ -62,7 +65,9 @@ def _merged(model: Any, checkpoint: Checkpoint, config: Config, factors: Mapping
         path, _, which = name.rpartition(".")
         rows_or_columns = value.shape[0 if which == "lora_A" else -1]
         if path not in shapes or which not in {"lora_A", "lora_B"} or rows_or_columns != config.lora.rank:
-            raise ProtocolError(f"the returned tensor {name!r} of shape {tuple(value.shape)} is no LoRA factor of the model")
+            raise ProtocolError(
+                f"the returned tensor {name!r} of shape {tuple(value.shape)} is no LoRA factor of the model"
+            )
     save_adapter(directory, factors, config.lora, family, num_layers, config.model)
     merged = PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
     shutil.rmtree(directory)

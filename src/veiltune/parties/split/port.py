@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from veiltune.errors import PeerLostError, ProtocolError, VeiltuneError
+from veiltune.errors import PeerLostError, ProtocolError
 from veiltune.models.trunk_stub import TrunkContext
 from veiltune.privacy.quantisation import ErrorFeedback, WireCodec, WireOptions
 from veiltune.transport.channel import Channel
@@ -48,7 +48,7 @@ def expect(message: Message, kind: type[M]) -> M:
 
 
 class WirePort:
-    """Implements `models.cut.TrunkPort` over a channel.
+    """Implements `models.trunk_stub.TrunkPort` over a channel.
 
     Args:
         link: to the provider, agreed on.
@@ -128,17 +128,12 @@ class WirePort:
 
     def _renew(self, reconnect: Callable[[], Channel], *, but: int | None) -> None:
         """A new link, with the pending forwards sent again, but for the one that is about to be."""
-        while True:
-            self.link.close()
-            self.link = reconnect()
-            try:
-                for ticket, request in sorted(self._kept.items()):
-                    if ticket != but:
-                        self.link.send(request)
-                        self._answer(ticket, TrunkOutput)
-                return
-            except PeerLostError:
-                continue
-            except VeiltuneError:
-                self.link.close()
-                raise
+        self.link.close()
+        self.link = reconnect()
+        try:
+            for ticket, request in sorted(self._kept.items()):
+                if ticket != but:
+                    self.link.send(request)
+                    self._answer(ticket, TrunkOutput)
+        except PeerLostError:
+            self._renew(reconnect, but=but)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -158,3 +159,15 @@ def provide_trunk(party: Party, planner: Planner) -> None:
         ConfigError: the cut does not fit the model.
     """
     Provider(party, planner(party.options)).serve(party.links["owner"])
+
+
+def open_trunk(party: Party, planner: Planner) -> Callable[[Channel], None]:
+    """The provider as a service: the trunk is loaded, and what is returned serves one owner's link, many at a time.
+
+    Raises:
+        ModelError: the source cannot be used, or does not fit this machine's memory.
+        ConfigError: the cut does not fit the model.
+    """
+    provider = Provider(party, planner(party.options))
+    party.report("ready", {"trunk_layers": len(provider.server.cut.trunk)})
+    return provider.serve

@@ -61,9 +61,7 @@ class TrunkServer:
         """
         with self._guard:
             if len(self.sessions) >= self.plan.server.max_sessions:
-                raise ProtocolError(
-                    f"this provider serves {len(self.sessions)} owners already", hint="try again later"
-                )
+                raise ProtocolError(f"this provider serves {len(self.sessions)} owners already", hint="try again later")
             self._count += 1
             session = TrunkSession(self, f"s{self._count}")
             self.sessions[session.name] = session
@@ -176,7 +174,7 @@ class TrunkSession:
 
     def _again(self, pending: _Pending) -> Tensor:
         """The forward once more, with its graph; dropout draws what it drew before."""
-        pending.entry.requires_grad_(requires_grad=True)
+        pending.entry.requires_grad = True
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             if pending.random_state is not None:
                 torch.set_rng_state(pending.random_state)
@@ -193,7 +191,7 @@ class TrunkSession:
 
     def _decoded(self, codec: WireCodec, payload: Tensor, what: str) -> Tensor:
         hidden = codec.decode(payload, device=self.server.device)
-        if hidden.dim() != 3 or hidden.shape[2] != self.server.width or 0 in hidden.shape:  # noqa: PLR2004
+        if hidden.dim() != 3 or hidden.shape[2] != self.server.width or 0 in hidden.shape:
             raise ProtocolError(f"{what} have shape {tuple(hidden.shape)}, not (batch, seq, {self.server.width})")
         if hidden.shape[0] * hidden.shape[1] > self.options.max_tokens:
             raise ProtocolError(
@@ -205,10 +203,10 @@ class TrunkSession:
     def _check_context(self, request: TrunkForward, entry: Tensor) -> None:
         batch, seq, _ = entry.shape
         mask, positions = request.attention_mask, request.position_ids
-        if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < seq):  # noqa: PLR2004
+        if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < seq):
             raise ProtocolError(f"a mask of shape {tuple(mask.shape)} does not fit states of {batch} x {seq} tokens")
         if positions is not None and (
-            positions.dim() != 2 or positions.shape[0] not in {1, batch} or positions.shape[1] != seq  # noqa: PLR2004
+            positions.dim() != 2 or positions.shape[0] not in {1, batch} or positions.shape[1] != seq
         ):
             raise ProtocolError(
                 f"position ids of shape {tuple(positions.shape)} do not fit states of {batch} x {seq} tokens"

@@ -49,7 +49,7 @@ def tuner_for(
 class SplitTuner(EngineTuner):
     """Every step crosses: states out and back, and gradients out and back where the bottom is trained."""
 
-    def __init__(  # noqa: PLR0917 - made by `tuner_for` alone
+    def __init__(
         self,
         party: Party,
         plan: SplitPlan,
@@ -89,6 +89,7 @@ class SplitTuner(EngineTuner):
         with self._clock:
             norm = super().step(learning_rate, max_grad_norm)
         self._clock.steps += 1
+        self.party.report("border", {"bytes": self._clock.num_bytes, "messages": self._clock.messages, "border": "cut"})
         if self.decorrelation is not None:
             if self.decorrelation.last is not None:
                 self.correlations.append(self.decorrelation.last)
@@ -138,6 +139,7 @@ class KeepingTuner(SplitTuner):
         key = SealingKey.load_or_create(self.party.directory) if self.plan.cache.sealed else None
         self.cache = OutputCache(directory, bottom, max_bytes=self.plan.cache.max_bytes, key=key)
         distinct = {tuple(example.input_ids) for example in [*examples, *held_out]}
+        distinct = {ids for ids in distinct if self.cache.missing(list(ids))}
         width = int(self.engine.model.config.hidden_size)
         dtype = next(self.engine.model.parameters()).dtype
         self.cache.require_room(sum(len(ids) for ids in distinct), width, dtype, num_examples=len(distinct))
@@ -209,7 +211,11 @@ class EmulatedTuner(SplitTuner):
             return super().evaluate(input_ids, attention_mask, labels)
 
     def prepare(
-        self, examples: Sequence[TokenizedExample], held_out: Sequence[TokenizedExample], *, bottom: str
+        self,
+        examples: Sequence[TokenizedExample],  # noqa: ARG002
+        held_out: Sequence[TokenizedExample],  # noqa: ARG002
+        *,
+        bottom: str,  # noqa: ARG002
     ) -> None:
         """Get the emulator."""
         self._blocks = self._blocks or self._fetch()
@@ -284,4 +290,3 @@ class _StepClock:
             "crossings_per_step": self.messages / max(1, self.steps),
             "border_bytes_per_step": self.num_bytes / max(1, self.steps),
         }
-

@@ -28,14 +28,14 @@ class _AtTheCutError(Exception):
 class _Nowhere:
     """A port through which nothing goes."""
 
-    def forward(self, hidden: Tensor, context: TrunkContext) -> tuple[int, Tensor]:
+    def forward(self, hidden: Tensor, context: TrunkContext) -> tuple[int, Tensor]:  # noqa: ARG002
         raise _AtTheCutError
 
-    def backward(self, ticket: int, gradient: Tensor) -> Tensor | None:
+    def backward(self, ticket: int, gradient: Tensor) -> Tensor | None:  # noqa: ARG002
         raise _AtTheCutError
 
 
-def warm_up(  # noqa: PLR0913 - keyword-only
+def warm_up(
     party: Party,
     model: Any,
     stub: TrunkStub,

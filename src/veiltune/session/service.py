@@ -1,0 +1,223 @@
+"""A party as a long-running service: it listens, and serves every peer that proves itself in a session of its own.
+
+Both ends hold a session token, a file that one of them makes. It authenticates the two ends of a connection and encrypts
+nothing, so a service listens on loopback unless it is told otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from veiltune.config import Config
+from veiltune.designs import DESIGNS, Design
+from veiltune.errors import ConfigError, PeerLostError, ProtocolError, VeiltuneError, nearest
+from veiltune.parties.party import Job, Party
+from veiltune.session.party_main import design_options
+from veiltune.transport.channel import Channel, ChannelOptions, memory_pair
+from veiltune.transport.messages import Progress
+from veiltune.transport.stream import (
+    HANDSHAKE_SECONDS,
+    TOKEN_BYTES,
+    SocketChannel,
+    connect,
+    listen_loopback,
+    proves_itself,
+    token_handshake,
+)
+from veiltune.transport.transcript import Meter
+
+log = logging.getLogger(__name__)
+OnEvent = Callable[[str, dict[str, Any]], None]
+POLL_SECONDS = 0.2
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` in two.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{text!r} is no address", hint="give HOST:PORT, for example 127.0.0.1:7431")
+    return host.strip("[]"), int(port)
+
+
+def read_token(path: Path | None, *, create: bool) -> bytes:
+    """The session token, in hexadecimal in a file; made, for its owner's eyes only, where that may be.
+
+    Raises:
+        ConfigError: no file is named, there is none, or it holds something else.
+    """
+    if path is None:
+        raise ConfigError(
+            "session.token_file is not set",
+            hint="name the file that holds the session's token; the service makes one if there is none",
+        )
+    if create and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_bytes(TOKEN_BYTES).hex() + "\n")
+    try:
+        token = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except FileNotFoundError:
+        raise ConfigError(f"no token file {str(path)!r}", hint="copy it from the service that made it") from None
+    except (OSError, ValueError):
+        token = b""
+    if len(token) != TOKEN_BYTES:
+        raise ConfigError(f"{str(path)!r} holds no session token", hint="copy it again from the service that made it")
+    return token
+
+
+def dial(config: Config, peer: str, options: ChannelOptions, *, me: str) -> Channel:
+    """A link to a party that runs as a service, waiting for it as long as ``session.retry_seconds``.
+
+    Raises:
+        ConfigError: the address or the token is wrong.
+        PeerLostError: nobody is there.
+        ProtocolError: whoever is there has another token.
+    """
+    host, port = parse_address(config.session.connect[peer])
+    token = read_token(config.session.token_file, create=False)
+    try:
+        sock = connect(host, port, token_handshake(token, listening=False), config.session.retry_seconds)
+    except PeerLostError as error:
+        raise PeerLostError(
+            f"the {peer} is not to be reached: {error.message}",
+            hint=f"start it (`veiltune party {peer} CONFIG`), then go on with --resume",
+        ) from None
+    return SocketChannel(sock, me, peer, **options)
+
+
+def check_connect(config: Config, design: Design) -> None:
+    """Refuse a role in ``session.connect`` that is none, or that cannot be a service.
+
+    Raises:
+        ConfigError: names the role.
+    """
+    for role, address in config.session.connect.items():
+        if role not in design.services:
+            known = ", ".join(design.services) or "none"
+            raise ConfigError(
+                f"session.connect: {design.name} has no {role!r} that runs as a service (it has: {known})",
+                hint=nearest(role, design.services) if design.services else "leave session.connect out",
+            )
+        parse_address(address)
+
+
+class Service:
+    """One role of one design, listening.
+
+    Args:
+        config: its own configuration; ``output`` is where it keeps its state.
+        role: which.
+        address: where to listen; port 0 takes a free one.
+        on_event: told of progress, of sessions and of refusals.
+
+    Raises:
+        ConfigError: the role cannot be a service, or the token file is wrong.
+    """
+
+    def __init__(self, config: Config, role: str, address: tuple[str, int], on_event: OnEvent) -> None:
+        design = DESIGNS[config.design]
+        if role not in design.services:
+            raise ConfigError(
+                f"{design.name} has no {role!r} that runs as a service",
+                hint=f"it has: {', '.join(design.services) or 'none'}",
+            )
+        self.config = config
+        self.role = role
+        self.design = design
+        self.on_event = on_event
+        self._handshake = token_handshake(read_token(config.session.token_file, create=True), listening=True)
+        self._stopping = threading.Event()
+        self._links: set[Channel] = set()
+        self._guard = threading.Lock()
+        self._listener = self._listen(address)
+        host, port = self._listener.getsockname()[:2]
+        self.address = f"{host}:{port}"
+
+    def _listen(self, address: tuple[str, int]) -> socket.socket:
+        try:
+            return listen_loopback(address[1], address[0])
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen at {address[0]}:{address[1]}: {error.strerror or error}", hint="choose another --listen"
+            ) from None
+
+    def run(self) -> None:
+        """Load, then serve until `stop`.
+
+        Raises:
+            VeiltuneError: what the role cannot start for.
+        """
+        try:
+            serve = self.design.services[self.role](self._party())
+            self.on_event("listening", {"address": self.address})
+            self._listener.settimeout(POLL_SECONDS)
+            while not self._stopping.is_set():
+                try:
+                    sock, _ = self._listener.accept()
+                except TimeoutError:
+                    continue
+                threading.Thread(target=self._session, args=(sock, serve), daemon=True).start()
+        finally:
+            self._listener.close()
+            with self._guard:
+                links = list(self._links)
+            for link in links:
+                link.close()
+
+    def stop(self) -> None:
+        """Take no more sessions, and end those that are open."""
+        self._stopping.set()
+
+    def _session(self, sock: socket.socket, serve: Callable[[Channel], None]) -> None:
+        if not proves_itself(sock, self._handshake, HANDSHAKE_SECONDS):
+            self.on_event("turned_away", {"why": "it does not hold this session's token"})
+            return
+        received = self.design.may_receive
+        options = ChannelOptions(may_send=received("owner"), may_receive=received(self.role))
+        link = SocketChannel(sock, self.role, "owner", **options)
+        with self._guard:
+            self._links.add(link)
+        try:
+            serve(link)
+            self.on_event("session_ended", {})
+        except PeerLostError:
+            self.on_event("owner_gone", {})
+        except VeiltuneError as error:
+            self.on_event("refused", {"why": error.message})
+        except Exception as error:
+            log.exception("internal error in a session")
+            self.on_event("refused", {"why": f"internal error: {type(error).__name__}"})
+        finally:
+            with self._guard:
+                self._links.discard(link)
+            link.close()
+
+    def _party(self) -> Party:
+        """This role, with nobody linked yet; what it reports goes to ``on_event``."""
+        mine, theirs = memory_pair("supervisor", self.role)
+        threading.Thread(target=self._forward, args=(mine,), daemon=True).start()
+        directory = Path(self.config.output) / "parties" / self.role
+        directory.mkdir(parents=True, exist_ok=True)
+        options = design_options(self.design, self.config.design_options)
+        return Party(self.role, self.config, options, Job(verb="tune"), {}, theirs, Meter(self.role), directory)
+
+    def _forward(self, control: Channel) -> None:
+        try:
+            while True:
+                message = control.recv()
+                if isinstance(message, Progress):
+                    self.on_event(message.event, dict(message.fields))
+        except (PeerLostError, ProtocolError):
+            return
