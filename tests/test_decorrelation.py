@@ -191,12 +191,31 @@ def test_extreme_scales_on_both_sides(dtype: torch.dtype, scale: float) -> None:
     assert all(bool(each.isfinite().all()) for each in gradients(x * scale, y / scale))
 
 
-@given(seed=SEEDS, column=st.sampled_from([0.0, 1.0, -1e10, 1e20]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_largest_numbers_of_a_dtype(dtype: torch.dtype) -> None:
+    """They spread by more than the dtype can say."""
+    x, y = rows(20, 5, dtype=dtype), rows(20, 4, 1, dtype)
+    largest = x / x.abs().amax() * (torch.finfo(dtype).max * 0.99)
+    assert bool((largest - largest[:, None]).isinf().any())
+    assert value(largest, y) == pytest.approx(value(x, y), rel=0, abs=2 * tolerance(x, y, dtype))
+
+
+@given(seed=SEEDS, column=st.sampled_from([0.0, 1.0, -1e10, 1e20, 1e30]))
 def test_what_all_rows_share_costs_nothing(seed: int, column: float) -> None:
     """Columns that are the same in all rows, however large, leave the others' distances as they are."""
     x, y = rows(10, 3, seed, torch.float32), rows(10, 3, seed + 1, torch.float32)
-    wide = torch.cat([x, torch.tensor([[column, 0.3 * column]]).expand(10, 2)], 1)
+    wide = torch.cat([x, torch.tensor([[0.1, 0.3, 1.0]]).mul(column).expand(10, 3)], 1)
     assert value(wide, y) == pytest.approx(value(x, y), rel=0, abs=2 * tolerance(wide, y, torch.float32))
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-14, 1e-18, 1e-20, 1e-25])
+def test_what_all_rows_share_never_overflows(scale: float) -> None:
+    """Up to 1e38 times the spread it costs nothing; beyond, the rows count as equal."""
+    x, y = rows(10, 3, 0, torch.float32), rows(10, 3, 1, torch.float32)
+    wide = torch.cat([x * scale, torch.full((10, 1), 3e20)], 1)
+    expected = value(x, y) if scale * 1e38 > 3e20 else 0.0
+    assert value(wide, y) == pytest.approx(expected, rel=0, abs=2 * tolerance(x, y, torch.float32))
+    assert all(bool(each.isfinite().all()) for each in gradients(wide, y))
 
 
 def test_one_outlying_row_does_not_blur_the_others() -> None:

@@ -159,6 +159,26 @@ class Answer(Record):
     text: str
 
 
+class EmulatorReport(Record):
+    """What an emulator of the trunk is, and how much of the trunk it gives away.
+
+    Attributes:
+        kind: how it was made, compression included.
+        layers: the trunk's layers, and those of them that it keeps.
+        parameter_share: its numbers over the trunk's.
+        byte_share: its bytes over the trunk's.
+        largest_error: of its compressed weights, relative in the Frobenius norm; 0 where weights are as they are.
+        margin: by task and metric, accuracy through the trunk less accuracy on the emulator: what the provider keeps.
+    """
+
+    kind: str
+    layers: tuple[int, int]
+    parameter_share: float = Field(ge=0)
+    byte_share: float = Field(ge=0)
+    largest_error: float = Field(default=0.0, ge=0)
+    margin: dict[str, float] = {}
+
+
 class DataSummary(Record):
     """Where the data came from, as configured, and how much of it there was."""
 
@@ -194,6 +214,9 @@ class RunResult(Record):
         validation_loss: (step, loss) of each evaluation.
         utility: accuracy and the like after tuning, by ``task/metric``.
         utility_before: the same before the first step (zero-shot).
+        utility_emulator: the same after tuning, on the emulator in the place of the trunk.
+        emulator: what that emulator is.
+        correlation: distance correlation of embeddings and sent states, one per step, where it is part of the objective.
         exactness: errors against the plain model.
         cost: times, bytes, memory, shares.
         privacy: by attack and metric; empty if nothing attacked.
@@ -214,6 +237,9 @@ class RunResult(Record):
     validation_loss: list[tuple[int, float]] = []
     utility: dict[str, Measurement] = {}
     utility_before: dict[str, Measurement] = {}
+    utility_emulator: dict[str, Measurement] = {}
+    emulator: EmulatorReport | None = None
+    correlation: list[float] = []
     exactness: Exactness = Exactness()
     cost: Cost = Cost()
     privacy: dict[str, dict[str, dict[str, Any]]] = {}

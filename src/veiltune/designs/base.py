@@ -68,6 +68,11 @@ class Design:
     methods: frozenset[str] = frozenset({"lora"})
     services: Mapping[str, Callable[[Party], Callable[[Channel], None]]] = field(default_factory=dict)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the model is cut, and the owner has layers of its own."""
+        return self.trainer == "owner"
+
     def may_receive(self, observer: str) -> frozenset[str]:
         """Kinds of message this observer may get."""
         return frozenset(self.reveals[observer])

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from veiltune.config import CutConfig
 from veiltune.designs import DESIGNS
 from veiltune.errors import UserError
 from veiltune.models.accounting import DESIGNS as ACCOUNTED
 from veiltune.models.accounting import Shares, TensorPlace, shares, tensor_placement
+from veiltune.models.cut import Cut
+from veiltune.models.cut_accounting import CutShares, cut_placement, cut_shares
 from veiltune.models.family import Placement
 from veiltune.models.sources import resolve_config
 
@@ -25,13 +28,13 @@ class Inspection:
     Attributes:
         model: as the user named it.
         places: who holds each tensor.
-        counts: the enclave's shares.
+        counts: the enclave's shares, or the owner's where the model is cut.
         sees: by label and observer, what it learns: from messages, then otherwise.
     """
 
     model: str
     places: dict[str, list[TensorPlace]]
-    counts: dict[str, Shares]
+    counts: dict[str, Shares | CutShares]
     sees: dict[str, dict[str, list[str]]]
 
     def as_json(self) -> dict[str, Any]:
@@ -41,9 +44,7 @@ class Inspection:
             "designs": {
                 label: {
                     **asdict(count),
-                    "param_share": count.param_share,
-                    "flop_share": count.flop_share,
-                    "revealed_param_share": count.revealed_param_share,
+                    **_shares_of(count),
                     "tensors": [asdict(place) for place in self.places[label]],
                     "sees": self.sees[label],
                 }
@@ -52,18 +53,34 @@ class Inspection:
         }
 
 
+def _shares_of(count: Shares | CutShares) -> dict[str, float]:
+    if isinstance(count, CutShares):
+        return {"owner_share": count.owner_share, "flop_share": count.flop_share}
+    return {
+        "param_share": count.param_share,
+        "flop_share": count.flop_share,
+        "revealed_param_share": count.revealed_param_share,
+    }
+
+
 def inspect_model(
-    model: str, placement: Placement | None = None, *, progress: Callable[[str], None] | None = None
+    model: str,
+    placement: Placement | None = None,
+    *,
+    layers: tuple[int, int] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Inspection:
-    """Look at a model under every design that is accounted for. No weight is read.
+    """Look at a model under every design. No weight is read.
 
     Args:
         model: a model source.
         placement: of `obfuscatune`; both if ``None``.
+        layers: the owner's first and last layers where the model is cut; as many as are usual and fit if ``None``.
         progress: called with a line before anything slow.
 
     Raises:
         ModelError: the model's configuration cannot be had, or no family covers it.
+        ConfigError: ``layers`` leave no trunk.
     """
     config = resolve_config(model, progress=progress)
     found = Inspection(model, {}, {}, {})
@@ -73,6 +90,13 @@ def inspect_model(
             found.places[label] = tensor_placement(config, each, name)
             found.counts[label] = shares(config, each, BATCH, LENGTH, design=name)
             found.sees[label] = observers(name)
+    usual = min(CutConfig().bottom_layers, (config.num_hidden_layers - 1) // 2)
+    if usual or layers is not None:
+        cut = Cut.of(config, *(layers or (usual, usual)))
+        for name in (each.name for each in DESIGNS.values() if each.is_cut):
+            found.places[name] = cut_placement(config, cut)
+            found.counts[name] = cut_shares(config, cut, BATCH, LENGTH)
+            found.sees[name] = observers(name)
     return found
 
 

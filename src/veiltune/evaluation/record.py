@@ -14,6 +14,8 @@ from veiltune.config import Config
 from veiltune.designs import DESIGNS
 from veiltune.models.accounting import DESIGNS as ACCOUNTED
 from veiltune.models.accounting import Shares, shares
+from veiltune.models.cut import Cut
+from veiltune.models.cut_accounting import cut_shares
 from veiltune.models.family import Placement
 from veiltune.models.skeleton import resolve_device
 from veiltune.models.sources import resolve_config
@@ -21,6 +23,7 @@ from veiltune.results import (
     Answer,
     Cost,
     DataSummary,
+    EmulatorReport,
     EnclaveCost,
     Exactness,
     Labels,
@@ -73,11 +76,32 @@ def result_of(
         validation_loss=history.get("validation_loss", []),
         utility=measurements(utility.get("after", {})),
         utility_before=measurements(utility.get("before", {})),
+        utility_emulator=measurements(utility.get("emulator", {})),
+        emulator=_emulator(owner),
+        correlation=owner.get("decorrelation", []),
         exactness=exactness or Exactness(),
         cost=_cost(config, outcome, history, length),
         simulated_enclave=is_simulated(outcome),
         labels=labels_of(config),
         answers=_answers(owner),
+    )
+
+
+def _emulator(owner: Mapping[str, Any]) -> EmulatorReport | None:
+    """The emulator's card, and by how much the trunk does better than it."""
+    card = owner.get("emulator")
+    if card is None:
+        return None
+    utility = owner.get("utility", {})
+    through, on = measurements(utility.get("after", {})), measurements(utility.get("emulator", {}))
+    compressed = "" if card["compression"] in {"none", card["kind"]} else f", {card['compression']}"
+    return EmulatorReport(
+        kind=card["kind"] + compressed,
+        layers=(card["trunk"][1] - card["trunk"][0], len(card["kept"])),
+        parameter_share=card["parameter_share"],
+        byte_share=card["byte_share"],
+        largest_error=max(card["errors"].values(), default=0.0),
+        margin={name: through[name].value - on[name].value for name in on if name in through},
     )
 
 
@@ -109,7 +133,8 @@ def count_shares(config: Config, length: int) -> Shares | None:
 def _cost(config: Config, outcome: Outcome, history: Mapping[str, Any], length: int | None) -> Cost:
     engine: Mapping[str, Any] = outcome.owner.get("engine", {})
     seconds: list[float] = history.get("seconds", [])
-    counted = count_shares(config, length or _mean_length(config, history))
+    length = length or _mean_length(config, history)
+    counted = count_shares(config, length)
     traffic = outcome.traffic
     return Cost(
         seconds_per_step=Spread.of(seconds) if seconds else None,
@@ -120,15 +145,25 @@ def _cost(config: Config, outcome: Outcome, history: Mapping[str, Any], length: 
         rounds=_rounds(traffic),
         peak_rss={role: figures["peak_rss"] for role, figures in outcome.figures.items() if "peak_rss" in figures},
         enclave=_enclave_cost(counted, engine),
-        revealed_param_share={} if counted is None else {"host": counted.revealed_param_share},
+        revealed_param_share=_revealed(config, counted, outcome),
     )
+
+
+def _revealed(config: Config, counted: Shares | None, outcome: Outcome) -> dict[str, float]:
+    """Share of the provider's parameters that another party has in the clear: an emulator's count by its bytes."""
+    if not DESIGNS[config.design].is_cut:
+        return {} if counted is None else {"host": counted.revealed_param_share}
+    model = resolve_config(config.model)
+    found = cut_shares(model, Cut.of(model, config.cut.bottom_layers, config.cut.top_layers), 1, 1)
+    card = outcome.owner.get("emulator", {})
+    return {"owner": min(1.0, found.owner_share + (1 - found.owner_share) * card.get("byte_share", 0.0))}
 
 
 def _enclave_cost(counted: Shares | None, engine: Mapping[str, Any]) -> EnclaveCost:
     spent = engine.get("engine_seconds", 0.0)
     working = None if not spent else min(1.0, max(0.0, 1 - engine.get("wait_seconds", 0.0) / spent))
     if counted is None or counted.design == "local":
-        return EnclaveCost(seconds_share=working)
+        return EnclaveCost(seconds_share=None if "wait_seconds" not in engine else working)
     return EnclaveCost(param_share=counted.param_share, flop_share=counted.flop_share, seconds_share=working)
 
 
@@ -143,6 +178,8 @@ def _bytes_per_step(traffic: Traffic, engine: Mapping[str, Any]) -> float | None
 
     ``BatchLoss`` also answers evaluations; all of them have one size, so each batch trained on is given one.
     """
+    if "border_bytes_per_step" in engine and not any("TrainBatch" in kinds for kinds in traffic.values()):
+        return engine["border_bytes_per_step"]  # the owner runs the engine itself
     found: dict[str, dict[str, int]] = {}
     for pair, kinds in traffic.items():
         if "owner" in pair.split("->"):  # with the optimiser on the host the same kinds also cross the border

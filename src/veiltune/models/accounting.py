@@ -25,6 +25,7 @@ models, and one of parameters: the enclave's share of arithmetic is larger (see 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ from veiltune.models.family import Family, Linear, Placement
 from veiltune.models.skeleton import empty_model
 
 Design = Literal["local", "obfuscatune"]
-Holder = Literal["enclave", "host"]
+Holder = Literal["enclave", "host", "owner", "provider"]
 
 DESIGNS: tuple[Design, ...] = ("local", "obfuscatune")
 """Designs that are accounted for."""
@@ -156,7 +157,7 @@ def lora_parameters(config: Any, rank: int) -> int:
     Raises:
         ModelError: no family covers the configuration.
     """
-    return rank * sum(sum(shape) for _, shape in _linear_shapes(empty_model(config), config))
+    return rank * sum(sum(shape) for _, shape in linear_shapes(empty_model(config), config))
 
 
 def shares(
@@ -184,10 +185,10 @@ def shares(
     family, layers, protected = find_family(config), config.num_hidden_layers, design == "obfuscatune"
     places = _places(model, config, placement, design)
     clear = [place for place in places if place.holder == "host" and not place.is_masked]
-    linears = _linear_shapes(model, config)
+    linears = linear_shapes(model, config)
     tokens = batch * length
     linear_flops = 2 * tokens * sum(math.prod(shape) for _, shape in linears)
-    attention_flops = 4 * batch * length**2 * _attention_widths(family, linears)
+    attention_flops = 4 * batch * length**2 * attention_widths(family, linears)
     head_flops = 2 * tokens * int(model.get_output_embeddings().weight.numel())
     key_elements = sum(_key_elements(linears).values()) if protected else 0
     mask_flops = 2 * tokens * key_elements
@@ -219,19 +220,24 @@ def _check(design: str, placement: str) -> None:
 
 
 def _places(model: Any, config: Any, placement: Placement, design: str) -> list[TensorPlace]:
-    """Every stored parameter once; a tied one under the name it is tied to."""
     family, layers = find_family(config), config.num_hidden_layers
-    kinds = _kinds(model, config)
+    kinds = kinds_of(model, config)
     masked = {f"{linear.path}.weight" for linear in family.linears(layers)} if design == "obfuscatune" else set()
     clear = _clear(family, layers, placement)
     places: list[TensorPlace] = []
+    for name, value in stored_parameters(model):
+        on_host = design == "local" or name in masked or name in clear
+        holder: Holder = "host" if on_host else "enclave"
+        kind = kinds.get(name, "other")
+        places.append(TensorPlace(name, tuple(value.shape), value.numel(), holder, name in masked, kind))
+    return places
+
+
+def stored_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every stored parameter once; a tied one under the name it is tied to."""
     for name, value in model.named_parameters(remove_duplicate=False):
         if name not in model.all_tied_weights_keys:
-            on_host = design == "local" or name in masked or name in clear
-            holder: Holder = "host" if on_host else "enclave"
-            kind = kinds.get(name, "other")
-            places.append(TensorPlace(name, tuple(value.shape), value.numel(), holder, name in masked, kind))
-    return places
+            yield name, value
 
 
 def _clear(family: Family, num_layers: int, placement: Placement) -> set[str]:
@@ -242,7 +248,7 @@ def _clear(family: Family, num_layers: int, placement: Placement) -> set[str]:
     return clear
 
 
-def _kinds(model: Any, config: Any) -> dict[str, str]:
+def kinds_of(model: Any, config: Any) -> dict[str, str]:
     """What each parameter is, by name. Names that are tied to another are there too."""
     family, layers = find_family(config), config.num_hidden_layers
     kinds: dict[str, str] = {}
@@ -266,7 +272,7 @@ def _kinds(model: Any, config: Any) -> dict[str, str]:
     return kinds
 
 
-def _linear_shapes(model: nn.Module, config: Any) -> list[tuple[Linear, tuple[int, int]]]:
+def linear_shapes(model: nn.Module, config: Any) -> list[tuple[Linear, tuple[int, int]]]:
     """Every linear of the trunk with its (in, out)."""
     family = find_family(config)
     found: list[tuple[Linear, tuple[int, int]]] = []
@@ -277,7 +283,7 @@ def _linear_shapes(model: nn.Module, config: Any) -> list[tuple[Linear, tuple[in
     return found
 
 
-def _attention_widths(family: Family, linears: list[tuple[Linear, tuple[int, int]]]) -> int:
+def attention_widths(family: Family, linears: list[tuple[Linear, tuple[int, int]]]) -> int:
     """Sum over blocks of heads · head width: what each attention hands to its output linear."""
     ending = f".{family.attention.output}"
     return sum(fan_in for linear, (fan_in, _) in linears if linear.path.endswith(ending))

@@ -59,7 +59,8 @@ def distance_correlation(x: Float[Tensor, "n p"], y: Float[Tensor, "n q"]) -> Fl
 
     Differentiable once, with finite gradients throughout (rows that coincide repel in no direction, so their distance
     has the gradient 0). It is 0, with gradient 0, where a side has fewer than two distinct rows: that includes rows
-    that spread by less than tiny/eps of their dtype (1e-31 in float32). What is not finite gives NaN.
+    that spread by less than tiny/eps of their dtype (1e-31 in float32), or less than tiny (1e-38) of the largest entry.
+    What is not finite gives NaN.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = x.to(dtype), y.to(dtype)
@@ -83,18 +84,18 @@ def _centred_distances(rows: Float[Tensor, "n p"]) -> Float[Tensor, "n n"]:
 
 
 def _standardised(rows: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
-    """Rows moved and scaled to spread by about 1, so that no square leaves the dtype's range; all 0 if they are equal.
+    """Rows scaled to spread by about 1, so that no square leaves the dtype's range; all 0 if they are equal.
 
-    Centre and scale count as constants in the gradient, which is exact: dCor does not depend on either.
+    The scale counts as a constant in the gradient, which is exact: dCor does not depend on it.
     """
     info = torch.finfo(rows.dtype)
     with torch.no_grad():
         size = rows.abs().amax().clamp_min(info.tiny)
-        centre = (rows / size).mean(0)
-        moved = rows / size - centre
-        spread = (moved - moved[0]).abs().amax()  # exactly 0 if the rows are equal, whatever the mean was rounded to
-        spread = spread.where(~(spread * size < info.tiny / info.eps), math.inf)
-    return (rows / size - centre) / spread
+        spread = (rows / size - rows[0] / size).abs().amax()  # of the size: what all rows share may be far larger
+        scale = (size * spread).clamp_max(info.max)
+        negligible = (scale < info.tiny / info.eps) | (spread < info.tiny)  # neither, if anything is NaN
+        scale = scale.where(~negligible, math.inf)
+    return rows / scale
 
 
 def sample_rows(mask: Shaped[Tensor, "..."], limit: int, generator: torch.Generator) -> Int[Tensor, " rows"]:

@@ -345,11 +345,12 @@ def _least_error(
     """Of the scale that clips nothing and some smaller ones, the one whose rounding has the least squared error."""
     unit = full.where(full > 0, torch.inf)
     v = y / unit  # errors in units of the full scale, for squares of small gradients would underflow
-    best, least = full, v.round().sub_(v).square_().sum(-1, keepdim=True)
+    q = v.round()
+    best, least = full, q.sub(v).square_().sum(-1, keepdim=True)
     for clip in _CLIPS:
         scale = _rounded_up(full * clip)
         ratio = scale / unit
-        q = (v / ratio.where(ratio > 0, torch.inf)).round_().clamp_(-largest, largest)
+        torch.mul(v, 1 / ratio.where(ratio > 0, torch.inf), out=q).round_().clamp_(-largest, largest)
         error = q.mul_(ratio).sub_(v).square_().sum(-1, keepdim=True)
         better = error < least
         best, least = scale.where(better, best), error.where(better, least)

@@ -144,8 +144,9 @@ class SplitOwner(Owner):
         self.split_tuner.prepare(examples, held_out, bottom=self._bottom_fingerprint())
 
     def _bottom_fingerprint(self) -> str:
-        """Of the bottom's present parameters: what was kept under others is of no use."""
-        digest = hashlib.sha256(self.party.config.fingerprint().encode())
+        """Of what a trunk output depends on: the agreed terms and the bottom as it is now."""
+        terms = terms_of(self.party.config, self.plan, pins=self._pins)
+        digest = hashlib.sha256(json.dumps(terms, sort_keys=True).encode())
         for name, value in self._of_bottom(dict(self.model.named_parameters())).items():
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,23 @@
+"""Result records for people: terminal tables, Markdown, a plot of losses. Nothing is measured or recomputed here."""
+
+from veiltune.report.comparison import (
+    NOTHING,
+    SIMULATED,
+    SIMULATED_NOTE,
+    comparison_markdown,
+    comparison_rows,
+    comparison_table,
+)
+from veiltune.report.losses import plot_losses
+from veiltune.report.placement import inspect_table
+
+__all__ = [
+    "NOTHING",
+    "SIMULATED",
+    "SIMULATED_NOTE",
+    "comparison_markdown",
+    "comparison_rows",
+    "comparison_table",
+    "inspect_table",
+    "plot_losses",
+]
