@@ -18,7 +18,8 @@ from torch import Tensor
 
 from veiltune.errors import ConfigError, ProtocolError, TrainingError
 from veiltune.privacy import quantisation
-from veiltune.privacy.quantisation import Bits, ErrorFeedback, WireCodec, WireOptions
+from veiltune.privacy.error_feedback import ErrorFeedback
+from veiltune.privacy.quantisation import Bits, WireCodec, WireOptions
 from veiltune.privacy.rotation import LARGEST_FACTOR, _rotation, rotate, unrotate
 
 BITS: tuple[Bits, ...] = (32, 16, 8, 4)

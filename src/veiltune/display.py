@@ -246,10 +246,9 @@ def verification_table(verification: Verification) -> Table:
 
 
 def sees_list(found: Inspection) -> Text:
-    """What each observer learns under each design, as an indented list. Placements differ in nothing an observer sees."""
-    by_design = {label.split()[0]: observers for label, observers in found.sees.items()}
+    """What each observer learns under each design, as an indented list."""
     text = Text()
-    for design, observers in by_design.items():
+    for design, observers in found.sees.items():
         for who, lines in observers.items():
             text.append(f"\nunder {design} the {who} sees\n", style="bold")
             text.append("".join(f"  - {line}\n" for line in lines))

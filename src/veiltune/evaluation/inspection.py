@@ -23,13 +23,13 @@ PLACEMENTS: tuple[Placement, ...] = ("compact", "paper")
 
 @dataclass(frozen=True)
 class Inspection:
-    """One model under each design, by label ("local", "obfuscatune compact" …).
+    """One model under each way of dividing it, by label ("local", "obfuscatune compact", "cut 2+2": all designs that cut it).
 
     Attributes:
         model: as the user named it.
         places: who holds each tensor.
         counts: the enclave's shares, or the owner's where the model is cut.
-        sees: by label and observer, what it learns: from messages, then otherwise.
+        sees: by design and observer, what it learns: from messages, then otherwise.
     """
 
     model: str
@@ -46,10 +46,10 @@ class Inspection:
                     **asdict(count),
                     **_shares_of(count),
                     "tensors": [asdict(place) for place in self.places[label]],
-                    "sees": self.sees[label],
                 }
                 for label, count in self.counts.items()
             },
+            "sees": self.sees,
         }
 
 
@@ -89,14 +89,14 @@ def inspect_model(
             label = f"{name} {each}" if _has_placement(name) else name
             found.places[label] = tensor_placement(config, each, name)
             found.counts[label] = shares(config, each, BATCH, LENGTH, design=name)
-            found.sees[label] = observers(name)
+        found.sees[name] = observers(name)
     usual = min(CutConfig().bottom_layers, (config.num_hidden_layers - 1) // 2)
     if usual or layers is not None:
         cut = Cut.of(config, *(layers or (usual, usual)))
-        for name in (each.name for each in DESIGNS.values() if each.is_cut):
-            found.places[name] = cut_placement(config, cut)
-            found.counts[name] = cut_shares(config, cut, BATCH, LENGTH)
-            found.sees[name] = observers(name)
+        label = f"cut {cut.bottom_layers}+{cut.top_layers}"
+        found.places[label] = cut_placement(config, cut)
+        found.counts[label] = cut_shares(config, cut, BATCH, LENGTH)
+        found.sees.update({name: observers(name) for name, design in DESIGNS.items() if design.is_cut})
     return found
 
 

@@ -61,11 +61,9 @@ def _by_kind(places: Sequence[TensorPlace]) -> dict[str, int]:
 
 
 def _whereabouts(places: Sequence[TensorPlace], kind: str) -> str:
-    """Who holds the tensors of a kind, and in what form, if that is not an enclave."""
+    """Who holds the tensors of a kind, and in what form, if it is the host."""
     found = [
-        place.holder
-        if place.holder == "enclave"
-        else f"{place.holder}, {'masked' if place.is_masked else 'in the clear'}"
+        place.holder if place.holder != "host" else f"{place.holder}, {'masked' if place.is_masked else 'in the clear'}"
         for place in places
         if place.kind == kind
     ]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from veiltune.errors import PeerLostError, ProtocolError
 from veiltune.models.trunk_stub import TrunkContext
-from veiltune.privacy.quantisation import ErrorFeedback, WireCodec, WireOptions
+from veiltune.privacy.error_feedback import ErrorFeedback
+from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.transport.channel import Channel
 from veiltune.transport.messages import (
     Forget,

@@ -18,6 +18,7 @@ from torch import Tensor
 from veiltune.errors import ProtocolError
 from veiltune.models.cut import Cut, Trunk
 from veiltune.parties.split.plan import ServerOptions, SplitPlan
+from veiltune.privacy.error_feedback import ErrorFeedback
 from veiltune.privacy.quantisation import WireCodec
 from veiltune.transport.messages import Forget, Message, TrunkBackward, TrunkForward, TrunkGradient, TrunkOutput
 
@@ -83,6 +84,7 @@ class TrunkSession:
         self.options: ServerOptions = server.plan.server
         self.states = WireCodec.for_activations(server.plan.wire)
         self.gradients = WireCodec.for_gradients(server.plan.wire)
+        self.feedback = ErrorFeedback(self.gradients) if server.plan.wire.error_feedback else None
         self.pending: OrderedDict[int, _Pending] = OrderedDict()
         self.caches: OrderedDict[int, Any] = OrderedDict()
         self._last_ticket = 0
@@ -170,7 +172,8 @@ class TrunkSession:
             output = found.output if found.output is not None else self._again(found)
             torch.autograd.backward([output], [gradient])
         assert found.entry.grad is not None  # noqa: S101 - the entry was made to want one
-        return TrunkGradient(request.ticket, self.gradients.encode(found.entry.grad))
+        encoder = self.gradients if self.feedback is None else self.feedback
+        return TrunkGradient(request.ticket, encoder.encode(found.entry.grad))
 
     def _again(self, pending: _Pending) -> Tensor:
         """The forward once more, with its graph; dropout draws what it drew before."""
