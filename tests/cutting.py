@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import helpers
 from helpers import make_config, scratch
 from veiltune.config import Config
 from veiltune.designs import DESIGNS
+from veiltune.errors import PeerLostError, ProtocolError
 from veiltune.models.presets import random_config
 from veiltune.models.random_weights import byte_tokenizer, write_random_weights
 from veiltune.parties.party import Job, Party
 from veiltune.parties.split.plan import SplitPlan
 from veiltune.parties.split.provider import Provider
-from veiltune.session.launch import channel_options
+from veiltune.session.launch import channel_options, start_processes
 from veiltune.session.party_main import design_options
+from veiltune.session.run import prepare_output
 from veiltune.session.service import Service
 from veiltune.transport.channel import Channel, memory_pair
+from veiltune.transport.messages import Progress
 from veiltune.transport.transcript import Meter
 
 LAYERS = 5
@@ -43,9 +46,13 @@ EXACT: dict[str, dict[str, Any]] = {
 """Each design's options under which it computes what `local` does: nothing is rounded, the emulator is the trunk itself."""
 
 
-@cache
 def deep_model(family: str = "llama", dropout: float = 0.0, seed: int = 0, layers: int = LAYERS) -> str:
-    """The folder of a tiny random model with blocks enough for a bottom, a trunk and a top."""
+    """The folder of a tiny random model with blocks enough for a bottom, a trunk and a top; ``seed`` tells weights apart."""
+    return _deep_model(family, dropout, seed, layers)
+
+
+@cache
+def _deep_model(family: str, dropout: float, seed: int, layers: int) -> str:
     config = random_config(f"random:{family}:{layers},32,4,259")
     if dropout:
         for name in ("attention_dropout",) if family == "llama" else ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
@@ -53,13 +60,9 @@ def deep_model(family: str = "llama", dropout: float = 0.0, seed: int = 0, layer
             setattr(config, name, dropout)
     directory = scratch() / f"deep-{family}-{dropout}-{seed}-{layers}"
     directory.mkdir()
-    torch.manual_seed(seed)
     write_random_weights(config, directory, torch.float32)
-    if seed:  # another model of the same shape
-        from safetensors.torch import save_file
-
-        path = directory / "model.safetensors"
-        tensors = {name: value + 0.01 * seed for name, value in load_file(path).items()}
+    for path in directory.glob("*.safetensors") if seed else ():  # another model of the same shape
+        tensors = {name: value * (1 + 0.01 * seed) for name, value in load_file(path).items()}
         save_file(tensors, path, metadata={"format": "pt"})
     byte_tokenizer().save_pretrained(directory)
     return str(directory)
@@ -187,6 +190,47 @@ class Running:
     def names(self) -> list[str]:
         """What happened, in order."""
         return [name for name, _ in self.events]
+
+
+def connected(design: str, output: Path, running: Running, **tables: Any) -> Config:
+    """An owner's configuration that has its provider in ``running``."""
+    session = {
+        "processes": True,
+        "connect": {"provider": running.address},
+        "token_file": str(running.config.session.token_file),
+        "retry_seconds": 20.0,
+        **tables.pop("session", {}),
+    }
+    return cut_config(design, output, session=session, **tables)
+
+
+def own_here(
+    config: Config, verb: str = "tune", *, resume: bool = False, on_event: Any = None, **job: Any
+) -> dict[str, Any]:
+    """Be the owner, in this thread, of a session whose provider is a service; its figures."""
+    step = prepare_output(config, resume=resume, overwrite=False)
+    started, party = start_processes(config, Job(verb=verb, resume_step=step, **job), here="owner")  # pyrefly: ignore
+    assert party is not None
+
+    def listen(control: Channel) -> None:
+        try:
+            while True:
+                message = control.recv()
+                if on_event is not None and isinstance(message, Progress):
+                    on_event(message.event, dict(message.fields))
+        except (PeerLostError, ProtocolError):
+            return
+
+    for running in started:
+        threading.Thread(target=listen, args=(running.control,), daemon=True).start()
+    try:
+        party.dial_services()
+        DESIGNS[config.design].roles["owner"](party)
+        return {**party.figures, "traffic": party.meter.snapshot()}
+    finally:
+        for link in party.links.values():
+            link.close()
+        party.control.close()
 
 
 @contextmanager

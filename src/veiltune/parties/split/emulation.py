@@ -1,4 +1,4 @@
-"""The provider builds an emulator of its trunk, once, and hands it to whoever was promised one."""
+"""The provider builds an emulator of its trunk, once for all runs (in its cache), and hands it to whoever was promised one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veiltune.data import load_examples
 from veiltune.examples import tokenize
+from veiltune.models.cache import cache_root
 from veiltune.models.checkpoint import Checkpoint
 from veiltune.models.cut import Cut, PassThrough, Trunk, owner_model, trunk_model
 from veiltune.models.emulators.build import TrunkSource, build_emulator
@@ -83,7 +84,7 @@ class Emulation:
                     source,
                     self.options,
                     distillation=distillation,
-                    directory=self.party.directory,
+                    directory=cache_root(),
                     progress=self._report,
                 )
             return self._built
