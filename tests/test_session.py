@@ -240,6 +240,37 @@ def test_a_second_interruption_stops_at_once(tmp_path: Path, data: Path) -> None
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize("verb", ["generate", "evaluate"])
+def test_ctrl_c_where_nothing_is_to_be_saved_stops_at_once(verb: Any, tmp_path: Path, data: Path) -> None:
+    config = config_for(tmp_path / "run", data, steps=2)
+    begun = False
+
+    def on_event(session: Session, name: str, _: dict[str, Any]) -> None:
+        nonlocal begun
+        begun = begun or name == "provisioned"
+        if name == "provisioned":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_with(config, Job(verb=verb, prompt="a"), on_event)
+    assert begun
+
+
+def test_ctrl_c_while_the_result_is_measured_stops_at_once_and_loses_nothing(tmp_path: Path, data: Path) -> None:
+    config = config_for(tmp_path / "run", data, steps=2)
+
+    def on_event(_: Session, name: str, __: dict[str, Any]) -> None:
+        if name == "exported":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_with(config, Job(verb="tune"), on_event)
+    assert committed(tmp_path / "run")["step"] == 2
+    history = tuned(config, resume=True)
+    assert len(history["loss"]) == 2
+    assert exported_adapter(tmp_path / "run")
+
+
 # --- failures of a party ----------------------------------------------------------------------------------------------
 
 

@@ -234,6 +234,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(losses: list[float], norm: floa
     assert (tmp_path / COMMIT).exists() == bool(losses)
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    tuner = Answers(iter([2.0, 1.5, *[math.nan] * 9]))
+    run = trainer(tuner, tmp_path, steps=4, checkpoint_every=1, evaluate_every=2, accumulate=1)
+    with pytest.raises(TrainingError, match="the validation loss of step 2 is nan"):
+        run.run()
+    assert [save.step for save in tuner.of(SaveState)] == [1], "the state that gave it is no checkpoint"
+    assert json.loads((tmp_path / COMMIT).read_text(encoding="utf-8"))["step"] == 1
+
+
 def test_the_loss_of_a_step_is_the_mean_over_its_tokens(tmp_path: Path) -> None:
     tuner = Answers(iter([1.0, 3.0]))
     run = trainer(tuner, tmp_path, steps=1, accumulate=2)

@@ -29,6 +29,10 @@ SETTLE_SECONDS = 3.0
 """After a first failure, how long to wait for the one that caused it."""
 
 
+_OF_TRAINING = frozenset({"training", "step"})
+_AFTER_TRAINING = frozenset({"measuring", "exported"})
+
+
 class PartyFailure(VeiltuneError):  # noqa: N818 - what happened
     """A party ended badly: its own message, its hint and its exit code."""
 
@@ -130,12 +134,14 @@ class Session:
         self._inbox: queue.Queue[tuple[str, Message | None]] = queue.Queue()
         self._parties: dict[str, Running] = {}
         self._step = 0
+        self._training = job.verb == "tune"
         self._interrupted = False
 
     def run(self) -> Outcome:
         """Start the parties and wait for all of them.
 
-        A first KeyboardInterrupt asks the owner to save a checkpoint and stop; a second one stops at once.
+        A first KeyboardInterrupt while training asks the owner to save a checkpoint and stop. A second one stops at once, and so
+        does one while measuring or generating: what was trained is committed before that begins.
 
         Raises:
             VeiltuneError: what made a party fail, in its own words.
@@ -186,14 +192,15 @@ class Session:
     def _progress(self, message: Progress) -> None:
         if message.event == "step":
             self._step = int(message.fields["step"])
+        self._training = message.event in _OF_TRAINING or (self._training and message.event not in _AFTER_TRAINING)
         try:
             self.on_event(message.event, dict(message.fields))
         except KeyboardInterrupt:  # it came while the display was drawn
             self._interrupt()
 
     def _interrupt(self) -> None:
-        """Have the owner save and stop; asked again, stop at once."""
-        if self._interrupted:
+        """Have the owner save and stop; asked again, or where there is nothing to save, stop at once."""
+        if self._interrupted or not self._training:
             raise KeyboardInterrupt
         self._interrupted = True
         self.on_event("interrupting", {"step": self._step})
