@@ -1,12 +1,15 @@
 """Seconds of a training step under protection, as a ratio to the plain PEFT step, alternating in one run.
 
 The plain step is `transformers` and `peft` alone, in this process: forward with labels on every token, backward, AdamW. The
-protected step is the same work over four processes. LoRA rank 16 on every linear, batch 4 x 128, float32, random token ids.
-Idle processes wait passively; the plain step runs with the threading defaults a user would have.
+protected step is the same work over several processes. LoRA rank 16, on every linear (designs that cut the model: on those of the
+owner's 2 + 2 layers, against the plain step on all), batch 4 x 128, float32, random token ids. Idle processes wait passively; the
+plain step runs with the threading defaults a user would have. Memory is each party's largest resident set over a session of its
+own, with two steps.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +19,13 @@ import torch
 from torch import Tensor
 
 from benchmarks._record import Row, alternate, ratios, run, summary
-from benchmarks._runs import SMOLLM2, config_for, live
+from benchmarks._runs import SMOLLM2, config_for, live, session, temporary_output
+from veiltune.examples import TokenizedExample
 from veiltune.models.adapters import peft_config
 from veiltune.models.families import find_family
 from veiltune.models.sources import resolve_model
 from veiltune.parties.owner import Owner
+from veiltune.parties.party import Job
 
 BATCH, LENGTH, RANK = 4, 128, 16
 LORA = {"rank": RANK, "alpha": 32}
@@ -29,6 +34,17 @@ SETTINGS: dict[str, dict[str, str]] = {
     "compact, optimiser on the host": {"placement": "compact", "optimizer_at": "host"},
     "compact, butterfly keys": {"placement": "compact", "optimizer_at": "enclave", "matrix": "butterfly"},
     "paper": {"placement": "paper", "optimizer_at": "enclave"},
+}
+
+
+CUT_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "32 bits": ("split", {}),
+    "int8, α = 0": ("online", {"decorrelation": {"alpha": 0.0}}),
+    "int8, α = 1": ("online", {"decorrelation": {"alpha": 1.0}}),
+    "first epoch": ("gradfree", {}),
+    "later epochs": ("gradfree", {}),
+    "half the trunk's layers": ("offsite", {"plug_in": False}),
+    "half the trunk's layers, int8, α = 1": ("offline", {}),
 }
 
 
@@ -61,6 +77,68 @@ def protected_step(owner: Owner, ids: Tensor) -> Callable[[], None]:
         owner.tuner.step(1e-4)
 
     return step
+
+
+def cut_step(owner: Owner, ids: Tensor, *, is_new: bool) -> Callable[[], None]:
+    """The same step under a design that cuts the model; ``is_new``: every time other tokens, which nobody kept."""
+    examples = [TokenizedExample(tuple(row), tuple(row)) for row in ids.tolist()]
+    owner.before_training(examples, [])
+    targets = ids.shape[0] * (ids.shape[1] - 1)
+    drawn = torch.Generator().manual_seed(1)
+
+    def step() -> None:
+        batch = torch.randint(0, int(ids.max()), ids.shape, generator=drawn) if is_new else ids
+        owner.tuner.accumulate(batch, torch.ones_like(batch), batch, targets)
+        owner.tuner.step(1e-4)
+
+    return step
+
+
+def _peak_memory(design: str, model: str, options: dict[str, Any]) -> dict[str, int]:
+    """Each party's largest resident set over a short session."""
+    with temporary_output() as output:
+        data = output.with_name("examples.jsonl")
+        row = json.dumps({"prompt": "a", "completion": " word" * LENGTH})
+        data.write_text(f"{row}\n" * (2 * BATCH), encoding="utf-8")
+        tables = {
+            "data": {"train": str(data), "max_length": LENGTH, "too_long": "truncate"},
+            "train": {"steps": 2, "batch_size": BATCH},
+            design: options,
+        }
+        outcome = session(f"memory {design}", config_for(design, model, output, lora=LORA, **tables), Job(verb="tune"))
+    return {role: figures["peak_rss"] for role, figures in outcome.figures.items()}
+
+
+def _measure_cut(model: str, name: str, rounds: int, settings: dict[str, tuple[str, dict[str, Any]]]) -> list[Row]:
+    vocabulary = resolve_model(model).config.vocab_size
+    ids = torch.randint(0, vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    rows: list[Row] = []
+    plain = plain_step(model, ids)
+    for setting, (design, options) in settings.items():
+        memory = _peak_memory(design, model, options)
+        tables = {"data": {"max_length": LENGTH}, "train": {"batch_size": BATCH}, design: options}
+        with live(design, model, lora=LORA, **tables) as owner:
+            step = cut_step(owner, ids, is_new=setting == "first epoch")
+            times = alternate({"plain": plain, setting: step}, rounds, warmup=2)
+            figures = owner.tuner.figures()
+        rows.append(
+            {
+                "design": design,
+                "setting": setting,
+                "placement": None,
+                "model": name,
+                "batch": BATCH,
+                "length": LENGTH,
+                "ratio": ratios(times, "plain")[setting],
+                "plain_seconds": summary(times["plain"]),
+                "seconds": summary(times[setting]),
+                "crossings_per_step": figures["crossings_per_step"],
+                "border_bytes_per_step": figures["border_bytes_per_step"],
+                "peak_rss": memory,
+                "measured_at": time.strftime("%Y-%m-%d"),
+            }
+        )
+    return rows
 
 
 def _measure_model(model: str, name: str, rounds: int, settings: dict[str, dict[str, str]]) -> list[Row]:
@@ -97,13 +175,16 @@ def _measure_model(model: str, name: str, rounds: int, settings: dict[str, dict[
 
 
 def measure(quick: bool) -> list[Row]:
-    """Both models, both placements."""
+    """Both models, both placements; then designs that cut the model, on the real one."""
     if quick:
-        return _measure_model("random:gpt2", "random GPT-2, tiny", 2, {"compact": SETTINGS["compact"]})
+        rows = _measure_model("random:gpt2", "random GPT-2, tiny", 2, {"compact": SETTINGS["compact"]})
+        tiny = {name: CUT_SETTINGS[name] for name in ("32 bits", "later epochs")}
+        return rows + _measure_cut("random:llama:6,64,4,500", "random Llama, tiny", 2, tiny)
     rounds = 8
     rows = _measure_model(SMOLLM2, "SmolLM2-135M-Instruct", rounds, SETTINGS)
     both = {name: SETTINGS[name] for name in ("compact", "paper")}
-    return rows + _measure_model("random:gpt2-small", "random GPT-2 small", rounds, both)
+    rows += _measure_model("random:gpt2-small", "random GPT-2 small", rounds, both)
+    return rows + _measure_cut(SMOLLM2, "SmolLM2-135M-Instruct", rounds, CUT_SETTINGS)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def _accuracy(row: Row | None, key: str = "value") -> str:
 
 
 def step_ratio() -> str:
-    """Ratio to the plain PEFT step."""
+    """Ratio to the plain PEFT step, designs with an enclave."""
     lines = [
         [
             row["model"],
@@ -57,6 +57,7 @@ def step_ratio() -> str:
             f"{100 * row['enclave_seconds_share']:.0f}%",
         ]
         for row in rows_of("step_ratio")
+        if "enclave_seconds_share" in row
     ]
     head = [
         "model",
@@ -69,17 +70,90 @@ def step_ratio() -> str:
     return _markdown(head, lines)
 
 
+def split_ratio() -> str:
+    """Ratio to the plain PEFT step on all layers, and memory, designs that cut the model."""
+    lines = [
+        [
+            f"`{row['design']}`",
+            row["setting"],
+            _ratio(row["ratio"]),
+            f"{row['crossings_per_step']:.0f}",
+            f"{row['border_bytes_per_step'] / 1e6:.2f} MB",
+            *(f"{row['peak_rss'][party] / 1e9:.2f} GB" for party in ("owner", "provider")),
+        ]
+        for row in rows_of("step_ratio")
+        if "peak_rss" in row
+    ]
+    head = ["design", "setting", "step / plain PEFT step", "messages a step", "over the cut", "owner", "provider"]
+    return _markdown(head, lines)
+
+
 def utility() -> str:
-    """Accuracy by task and design, with intervals."""
+    """Accuracy by design and task, with intervals."""
     rows = rows_of("utility")
-    designs = list(dict.fromkeys(row["design"] for row in rows))
-    lines: list[list[str]] = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        found = {row["design"]: row for row in rows if row["task"] == task}
-        lines.append(
-            [task, str(next(iter(found.values()))["n"]), *(_accuracy(found.get(design)) for design in designs)]
-        )
-    return _markdown(["task", "n", *designs], lines)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    found = {(row["design"], row["setting"], row["task"]): row for row in rows}
+    lines = [
+        [f"`{design}`", setting, *(_accuracy(found.get((design, setting, task))) for task in tasks)]
+        for design, setting in dict.fromkeys((row["design"], row["setting"]) for row in rows)
+    ]
+    counts = {row["task"]: row["n"] for row in rows}
+    return _markdown(["design", "setting", *(f"{task} (n = {counts[task]})" for task in tasks)], lines)
+
+
+def wire() -> str:
+    """Bytes over the cut."""
+    lines = [
+        [
+            f"`{row['design']}`",
+            row["setting"],
+            f"{row['bytes_per_token']:,.0f}",
+            f"{row['bytes_per_step'] / 1e6:.2f} MB",
+            f"{100 * row['ratio_to_float32']:.2f}%",
+        ]
+        for row in rows_of("wire")
+    ]
+    return _markdown(["design", "wire", "bytes a token", "bytes a step", "of float32"], lines)
+
+
+def _sweep(which: str) -> str:
+    lines = [
+        [
+            row["setting"],
+            _accuracy(row),
+            f"{row['loss']:.3f}",
+            "–" if row["correlation"] is None else f"{row['correlation']:.3f}",
+            f"{row['bytes_per_step'] / 1e6:.3f} MB",
+        ]
+        for row in rows_of("sweeps")
+        if row["sweep"] == which
+    ]
+    return _markdown([which, "accuracy (95%)", "loss, last 10 steps", "dCor, last 10 steps", "bytes a step"], lines)
+
+
+def sweep_alpha() -> str:
+    """What decorrelation costs."""
+    return _sweep("alpha")
+
+
+def sweep_wire() -> str:
+    """What a coarser wire costs."""
+    return _sweep("wire")
+
+
+def owner_shares() -> str:
+    """Parameters and forward FLOPs at the owner."""
+    lines = [
+        [
+            row["model"],
+            f"{row['num_parameters'] / 1e6:,.0f}M",
+            f"{row['bottom_layers']} + {row['top_layers']}",
+            f"{100 * row['owner_share']:.1f}%",
+            f"{100 * row['flop_share']:.1f}%",
+        ]
+        for row in rows_of("owner_shares")
+    ]
+    return _markdown(["model", "parameters", "cut", "parameters at the owner", "forward FLOPs at the owner"], lines)
 
 
 def condition_number() -> str:
@@ -129,7 +203,19 @@ def protect_memory() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (step_ratio, utility, condition_number, enclave_shares, protect_memory)
+    table.__name__: table
+    for table in (
+        step_ratio,
+        split_ratio,
+        utility,
+        wire,
+        sweep_alpha,
+        sweep_wire,
+        owner_shares,
+        condition_number,
+        enclave_shares,
+        protect_memory,
+    )
 }
 
 

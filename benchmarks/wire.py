@@ -1,7 +1,7 @@
-"""Bytes over the cut per token and per step, by kind and direction, against `split` in float32; from the meters, headers included.
+"""Bytes over the cut per token and step, by kind and direction, against `split` in float32; from the meters, headers included.
 
-SmolLM2-135M-Instruct, 2 + 2 owner's layers, batch 4 x 128. Every number is a whole frame's, as it crossed. `gradfree` is counted
-over one epoch and over three. What the widths cost in accuracy is the business of `sweeps`.
+SmolLM2-135M-Instruct, 2 + 2 owner's layers, batch 4 x 128. Every number is a whole frame's, as it crossed. What the widths cost
+in accuracy is the business of `sweeps`.
 """
 
 from __future__ import annotations

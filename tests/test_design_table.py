@@ -16,8 +16,16 @@ from torch import Tensor
 
 from veiltune.config import Config, Section, load_config
 from veiltune.designs import DESIGNS, Design
-from veiltune.designs.base import ENGINE_REVEALS, OWNER_REVEALS, PROVIDER_REVEALS, Reveal
+from veiltune.designs.base import (
+    ENGINE_REVEALS,
+    OWNER_REVEALS,
+    PROVIDER_REVEALS,
+    SPLIT_OWNER_REVEALS,
+    SPLIT_PROVIDER_REVEALS,
+    Reveal,
+)
 from veiltune.errors import ConfigError, DataError, ProtocolError
+from veiltune.parties.owner import Owner
 from veiltune.parties.party import Job, Party
 from veiltune.session.launch import CONTROL, channel_options, start_threads
 from veiltune.transport.channel import memory_pair
@@ -34,6 +42,8 @@ from veiltune.transport.messages import (
 )
 
 designs = pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
+CUTTING = [DESIGNS[name] for name in ("split", "online", "gradfree", "offsite", "offline")]
+"""The designs that cut the model: the owner trains, and the provider runs the trunk."""
 LINKS = [(design, *link) for design in DESIGNS.values() for link in design.links]
 links = pytest.mark.parametrize(("design", "a", "b"), LINKS, ids=[f"{d.name}-{a}-{b}" for d, a, b in LINKS])
 
@@ -58,8 +68,10 @@ def test_links_join_roles_and_every_end_has_a_table(design: Design) -> None:
 def test_trainer_and_enclaves_are_roles_and_the_owner_reaches_the_trainer(design: Design) -> None:
     assert design.trainer in design.roles
     assert design.enclaves <= design.roles.keys()
-    assert ("owner", design.trainer) in design.links
-    assert ("provider", design.trainer) in design.links
+    linked = {frozenset(link) for link in design.links}
+    for role in {"owner", "provider"} - {design.trainer}:
+        assert {role, design.trainer} in linked
+    assert (design.trainer == "owner") == (design in CUTTING)
     assert not {"owner", "provider", "host"} & design.enclaves
     assert design.also_sees.keys() <= design.roles.keys()
 
@@ -70,26 +82,85 @@ def test_nobody_gets_what_only_the_supervisor_may(design: Design) -> None:
     assert not any(private & table.keys() for table in design.reveals.values())
 
 
+TEXT = {"TrainBatch", "EvalBatch", "ScoreBatch", "LogitsRequest", "GenerateRequest"}
+"""Messages that hold the owner's text: where the owner trains, there is nobody to send them to."""
+
+
 @designs
 def test_only_the_trainers_table_lists_text_and_plain_weights(design: Design) -> None:
-    plain = {"TrainBatch", "EvalBatch", "ScoreBatch", "LogitsRequest", "GenerateRequest", "WeightShard"}
     for observer, table in design.reveals.items():
-        assert plain <= table.keys() if observer == design.trainer else not plain & table.keys(), observer
+        listed = table.keys() & {*TEXT, "WeightShard"}
+        if observer != design.trainer:
+            assert not listed, observer
+        else:
+            assert listed == ({"WeightShard"} if observer == "owner" else {*TEXT, "WeightShard"})
 
 
-def test_common_tables_are_part_of_every_designs() -> None:
-    for design in DESIGNS.values():
+@designs
+def test_common_tables_are_part_of_every_designs(design: Design) -> None:
+    if design in CUTTING:
+        assert design.reveals["owner"].items() >= SPLIT_OWNER_REVEALS.items()
+        assert design.reveals["provider"].items() >= SPLIT_PROVIDER_REVEALS.items()
+    else:
         assert design.reveals["owner"].items() >= OWNER_REVEALS.items()
         assert design.reveals["provider"].items() >= PROVIDER_REVEALS.items()
         assert design.reveals[design.trainer].items() >= ENGINE_REVEALS.items()
 
 
+def test_what_each_design_that_cuts_adds_to_the_common_tables() -> None:
+    """Gradients where the bottom is trained through the trunk, emulator and result where it is not; nothing for gradfree."""
+    added = {
+        design.name: (
+            design.reveals["owner"].keys() - SPLIT_OWNER_REVEALS.keys(),
+            design.reveals["provider"].keys() - SPLIT_PROVIDER_REVEALS.keys(),
+        )
+        for design in CUTTING
+    }
+    gradients = ({"TrunkGradient"}, {"TrunkBackward"})
+    emulator = ({"EmulatorShard"}, {"EmulatorRequest", "PlugIn"})
+    assert added == {
+        "split": gradients,
+        "online": gradients,
+        "gradfree": (set(), set()),
+        "offsite": emulator,
+        "offline": emulator,
+    }
+
+
+@designs
+def test_the_baseline_is_a_table_of_locals(design: Design) -> None:
+    DESIGNS["local"].options.model_validate(dict(design.baseline))
+    assert bool(design.baseline) == (design in CUTTING)
+    assert "lora" in design.methods
+    assert design.services.keys() <= design.roles.keys()
+
+
 @designs
 def test_options_are_a_section_with_defaults_and_refuse_unknown_keys(design: Design) -> None:
     assert issubclass(design.options, Section)
-    assert design.is_exact(design.options())
+    assert design.is_exact(design.options()) is (design.name in {"local", "obfuscatune", "split"})
     with pytest.raises(ValueError, match="Extra inputs"):
         design.options.model_validate({"no_such_option": 1})
+
+
+WIRE = {"activation_bits": 32, "gradient_bits": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "exact"),
+    [
+        ("online", {"wire": WIRE, "decorrelation": {"alpha": 0}}, True),
+        ("online", {"wire": WIRE}, False),
+        ("online", {"wire": {**WIRE, "gradient_bits": 16}, "decorrelation": {"alpha": 0}}, False),
+        ("online", {"wire": {**WIRE, "activation_bits": 16}, "decorrelation": {"alpha": 0}}, False),
+        ("gradfree", {"wire": {"activation_bits": 32}}, True),
+        ("gradfree", {"wire": {"activation_bits": 32}, "warm_up": {"steps": 1}}, False),
+        ("offsite", {}, False),
+        ("offline", {"wire": WIRE, "decorrelation": {"alpha": 0}}, False),
+    ],
+)
+def test_exactness_is_claimed_where_nothing_is_rounded_or_added(name: str, options: Any, exact: bool) -> None:
+    assert DESIGNS[name].is_exact(DESIGNS[name].options.model_validate(options)) is exact
 
 
 # --- channels hold to it ----------------------------------------------------------------------------------------------
@@ -177,10 +248,15 @@ def _exact(_: BaseModel) -> bool:
     return True
 
 
+def _never_owned(_: Party) -> Owner:
+    raise AssertionError("nobody here is asked to be an owner")
+
+
 ECHO = Design(
     name="echo",
     summary="for this test",
     options=EchoOptions,
+    join=_never_owned,
     roles={"owner": ask, "echo": echo},
     links=(("owner", "echo"),),
     data_plane=("owner", "echo"),

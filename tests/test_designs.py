@@ -38,21 +38,41 @@ from veiltune.session.launch import channel_options
 from veiltune.transport.channel import memory_pair
 from veiltune.transport.messages import MESSAGES, Factors, Forget, OptimizerStep, TrainBatch, TrunkShard
 
+WIRE = {"activation_bits": 32, "gradient_bits": 32}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "local": ("local", {}),
     "compact-enclave": ("obfuscatune", {"placement": "compact", "optimizer_at": "enclave"}),
     "compact-host": ("obfuscatune", {"placement": "compact", "optimizer_at": "host"}),
     "paper-enclave": ("obfuscatune", {"placement": "paper", "optimizer_at": "enclave"}),
     "paper-host": ("obfuscatune", {"placement": "paper", "optimizer_at": "host"}),
+    "split": ("split", {}),
+    "split-recomputing": ("split", {"server": {"activations": "recompute"}}),
+    "online": ("online", {"wire": WIRE, "decorrelation": {"alpha": 0.0}}),
+    "gradfree": ("gradfree", {"wire": WIRE}),
+    "offsite": ("offsite", {"emulator": {"layers": 1}}),
+    "offline": (
+        "offline",
+        {"emulator": {"layers": 1, "compression": "none"}, "wire": WIRE, "decorrelation": {"alpha": 0.0}},
+    ),
 }
-"""Every design, and every way it divides the work: a new design gets its lines here."""
+"""Every design, and every way it divides the work: a new design gets its lines here.
+
+The models have two blocks. Where they are cut, one is the trunk's, and the emulator that keeps all of it is the trunk itself.
+"""
 
 settings_of = pytest.mark.parametrize("setting", SETTINGS)
 
 
 def tables(setting: str) -> dict[str, Any]:
     design, options = SETTINGS[setting]
-    return {design: options} if options else {}
+    top = design == "gradfree"  # of which the top alone is trained
+    found: dict[str, Any] = {"cut": {"bottom_layers": 0 if top else 1, "top_layers": 1 if top else 0}}
+    return {**found, design: options} if options else found
+
+
+def baseline(setting: str) -> dict[str, Any]:
+    """Tables of `local` that train what the setting trains."""
+    return {**tables(setting), "local": dict(DESIGNS[SETTINGS[setting][0]].baseline)}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -175,11 +195,13 @@ def test_tuning_ends_with_an_adapter_that_gives_the_protected_models_logits(sett
 @pytest.mark.parametrize(("model", "targets"), [("llama", ("q_proj", "down_proj")), ("gpt2", ("c_proj",))])
 def test_adapting_some_linears_is_as_exact(setting: str, model: str, targets: tuple[str, ...], tmp_path: Path) -> None:
     lora = {"targets": list(targets)}
-    expected = run_probe("local", model, tmp_path / "local", lora=lora)
+    expected = run_probe("local", model, tmp_path / "local", lora=lora, **baseline(setting))
     actual = run_probe(SETTINGS[setting][0], model, tmp_path / "run", lora=lora, **tables(setting))
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in expected if "lora_" in name} == set(targets)
     assert relative_error(actual["logits_tuned"], expected["logits_tuned"]) < 1e-5
     assert worst(actual, expected, "gradient:") < 1e-4
+    blocks = {part for name in expected if "lora_" in name for part in name.split(".") if part.isdigit()}
+    assert blocks == {"gradfree": {"1"}, "local": {"0", "1"}, "obfuscatune": {"0", "1"}}.get(SETTINGS[setting][0], {"0"})
     assert relative_error(expected["logits_tuned"], local_probe(model, "float32")["logits_tuned"]) > 1e-4
 
 
@@ -199,8 +221,13 @@ def test_a_models_own_dropout_acts_in_training_as_in_transformers_and_nowhere_el
     plain = plain_model(model)
     expected = []
     for training in (True, False):
+        plain.train(training)
+        if SETTINGS[setting][0] == "gradfree":  # below the top nothing is trained, and what it gives is kept for all epochs
+            top = plain.get_submodule("transformer.h.1" if model.startswith("gpt2") else "model.decoder.layers.1")
+            plain.eval()
+            top.train(training)
         with torch.no_grad():
-            logits = plain.train(training)(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
+            logits = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
                 :, :-1
             ]
         expected.append(float(functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())))
@@ -244,7 +271,7 @@ def test_provisioning_places_the_model_and_ends(setting: str, tmp_path: Path) ->
     assert outcome.figures.keys() == design.roles.keys()
     crossed = {kind for kinds in outcome.traffic.values() for kind in kinds}
     assert "WeightShard" in crossed
-    assert not crossed & {"TrainBatch", "LogitsRequest", "SegmentForward"}
+    assert not crossed & {"TrainBatch", "LogitsRequest", "SegmentForward", "TrunkForward", "EmulatorShard"}
 
 
 # --- obfuscatune's own ------------------------------------------------------------------------------------------------

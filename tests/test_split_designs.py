@@ -54,8 +54,10 @@ def result(output: Path, method: str = "lora") -> dict[str, Tensor]:
 # --- exactness ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("design", ["split", "gradfree"])
+@pytest.mark.parametrize(
+    ("design", "family"),
+    [*(("split", family) for family in ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")), ("gradfree", "opt")],
+)
 def test_logits_losses_gradients_and_tokens_are_those_of_local(design: str, family: str, tmp_path: Path) -> None:
     model = deep_model(family)
     expected = probed(plainly(design, tmp_path / "local", model), generate=8)
@@ -64,9 +66,8 @@ def test_logits_losses_gradients_and_tokens_are_those_of_local(design: str, fami
     assert torch.equal(actual["tokens"], expected["tokens"])
     for name, value in expected.items():
         assert relative_error(actual[name], value) < 1e-5, name
-    trained = {name.split(".lora_")[0].split(".")[-3] for name in expected if name.startswith("gradient:")}
-    wanted = {"4"} if design == "gradfree" else {"0", "4"}
-    assert wanted <= {part for name in expected if "lora_" in name for part in name.split(".") if part.isdigit()}, trained
+    blocks = {part for name in expected if "lora_" in name for part in name.split(".") if part.isdigit()}
+    assert blocks == ({"4"} if design == "gradfree" else {"0", "4"})
     assert relative_error(expected["logits"], expected["logits_tuned"]) > 1e-3, "nothing is learnt, so nothing is shown"
 
 
@@ -170,16 +171,28 @@ def test_recomputed_activations_change_no_bit(
         assert largest_difference(calm, found["keep"][0]) > 1e-3, "dropout does nothing here, so this shows nothing"
 
 
-@pytest.mark.parametrize(("bottom", "top"), [(0, 0), (0, 2), (3, 0), (2, 2)])
-def test_any_cut_gives_the_same_losses(bottom: int, top: int, tmp_path: Path, text: dict[str, str]) -> None:
-    """The loss does not depend on the cut where nothing is trained; with 0 and 0 there is nothing that could be."""
+@pytest.mark.parametrize(
+    ("design", "bottom", "top", "tables", "words"),
+    [
+        ("split", 0, 0, {}, "leave the owner no layer to train"),
+        ("gradfree", 2, 0, {}, "cut.bottom_layers = 2 and cut.top_layers = 0 leave the owner no layer to train"),
+        ("gradfree", 0, 2, {"gradfree": {"warm_up": {"steps": 2}}}, "no bottom layer to warm up"),
+        ("split", 3, 2, {}, "leave no trunk in a model of 5 blocks"),
+    ],
+)
+def test_a_cut_that_leaves_somebody_nothing_is_refused(
+    design: str, bottom: int, top: int, tables: dict[str, Any], words: str, tmp_path: Path, text: dict[str, str]
+) -> None:
     cut = {"bottom_layers": bottom, "top_layers": top}
-    if bottom + top == 0:
-        with pytest.raises(PartyFailure) as caught:
-            tuned(cut_config("split", tmp_path / "run", data=text, train={"steps": 2}, cut=cut))
-        assert caught.value.kind != "InternalError", caught.value.message
-        assert "cut" in caught.value.message + str(caught.value.hint)
-        return
+    with pytest.raises(PartyFailure, match=words) as caught:
+        tuned(cut_config(design, tmp_path / "run", data=text, train={"steps": 2}, cut=cut, **tables))
+    assert caught.value.kind == "ConfigError"
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(("bottom", "top"), [(0, 2), (3, 0), (2, 2)])
+def test_any_cut_is_local_training_of_its_layers(bottom: int, top: int, tmp_path: Path, text: dict[str, str]) -> None:
+    cut = {"bottom_layers": bottom, "top_layers": top}
     train = {**TRAIN, "steps": 5}
     expected = tuned(plainly("split", tmp_path / "local", data=text, train=train, cut=cut))["loss"]
     losses = tuned(cut_config("split", tmp_path / "run", data=text, train=train, cut=cut))["loss"]
@@ -387,19 +400,20 @@ def stop_at(config: Any, step: int) -> None:
     assert outcome.interrupted
 
 
-@every_design
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("design", "method"), [*((design, "lora") for design in DESIGN_NAMES), ("split", "full"), ("gradfree", "full")]
+)
 def test_a_stopped_run_goes_on_with_another_provider_as_if_nothing_had_been(
     design: str, method: str, tmp_path: Path, text: dict[str, str]
 ) -> None:
     """Each run starts the provider anew: it keeps nothing that a resumed run needs. Dropout is the owner's own, of LoRA."""
-    train = {**TRAIN, "steps": 40, "method": method}
+    train = {**TRAIN, "steps": 25, "method": method}
     tables = {"data": text, "train": train, "lora": {"init_seed": 1, "dropout": 0.2}}
     whole = tuned(cut_config(design, tmp_path / "whole", **tables))
     config = cut_config(design, tmp_path / "run", **tables)
     stop_at(config, 3)
     done = json.loads((tmp_path / "run" / "checkpoint.json").read_text(encoding="utf-8"))["step"]
-    assert 3 <= done < 40
+    assert 3 <= done < 25
     history = tuned(config, resume=True)
     assert history["loss"] == whole["loss"], "bit for bit"
     assert same_bits(result(tmp_path / "whole", method), result(tmp_path / "run", method))
@@ -408,7 +422,7 @@ def test_a_stopped_run_goes_on_with_another_provider_as_if_nothing_had_been(
 def test_decorrelation_resumes_where_it_was(tmp_path: Path, text: dict[str, str]) -> None:
     tables: dict[str, Any] = {
         "data": text,
-        "train": {**TRAIN, "steps": 30},
+        "train": {**TRAIN, "steps": 20},
         "online": {"decorrelation": {"alpha": 2.0, "samples": 16}},
     }
     whole = tuned(cut_config("online", tmp_path / "whole", **tables))
@@ -418,7 +432,7 @@ def test_decorrelation_resumes_where_it_was(tmp_path: Path, text: dict[str, str]
 
 
 def test_a_warm_up_decorrelates_the_bottom_which_is_then_frozen(tmp_path: Path, text: dict[str, str]) -> None:
-    warm_up = {"steps": 12, "alpha": 4.0, "learning_rate": 1e-2}
+    warm_up = {"steps": 12, "alpha": 1.0, "learning_rate": 3e-3}
     exported = {}
     for steps in (1, 6):
         config = cut_config(
@@ -444,7 +458,7 @@ def test_a_warm_up_decorrelates_the_bottom_which_is_then_frozen(tmp_path: Path, 
 def test_a_warmed_run_resumes_without_warming_up_again(tmp_path: Path, text: dict[str, str]) -> None:
     tables: dict[str, Any] = {
         "data": text,
-        "train": {**TRAIN, "steps": 30},
+        "train": {**TRAIN, "steps": 20},
         "gradfree": {"warm_up": {"steps": 3}},
     }
     whole = tuned(cut_config("gradfree", tmp_path / "whole", **tables))
@@ -546,7 +560,7 @@ def test_every_kind_of_emulator_is_built_once_and_tuned_against(
     first = run(config, "tune", on_event=lambda name, fields: events.append(name))
     assert all(math.isfinite(loss) for loss in first.owner["history"]["loss"])
     assert first.owner["history"]["loss"] != exact, "it is not the trunk itself"
-    assert "emulating" in events
+    assert ("emulating" in events) == (kind != "layerdrop"), "progress, but where nothing takes long"
     built = emulator_files(tmp_path / "run")
     assert built
 

@@ -41,6 +41,8 @@ class Segment:
         output: path of the output-side linear, inside the block.
         dropout: path of a dropout that acts on the output, if it lies inside the segment's module.
         exposed: other parameters inside the segment's module, which go where the module goes (QK-norm gains).
+        norm: path of the norm before the input side, inside the block.
+        post_norm: path of a norm that acts on what the segment adds to the residual stream (Gemma's sandwich), if there is one.
     """
 
     name: Literal["attention", "mlp"]
@@ -49,6 +51,8 @@ class Segment:
     output: str
     dropout: str | None = None
     exposed: tuple[str, ...] = ()
+    norm: str = ""
+    post_norm: str | None = None
 
 
 def _supported(_: PretrainedConfig) -> str | None:
@@ -77,6 +81,8 @@ class Family:
         positions: name of the learned position embedding, beside the blocks; ``None`` if positions are rotary.
         embedding_dropout: name of the dropout before the first block, beside the blocks.
         weights_in_out: linears store their weight as (in, out), `Conv1D`'s way, not (out, in).
+        gain_offset: what an RMSNorm adds to its stored weight to make its gain.
+        residual_dropout: name in the configuration of the dropout of what is added to the residual stream, if there is one.
         call_mlp: runs the MLP segment of a block on hidden states.
         replace_mlp: puts a stub in the place of a block's MLP segment.
         refuses: says why a configuration of this family is not supported, or ``None``.
@@ -91,6 +97,8 @@ class Family:
     positions: str | None = None
     embedding_dropout: str | None = None
     weights_in_out: bool = False
+    gain_offset: float = 0.0
+    residual_dropout: str | None = None
     call_mlp: Callable[[Any, Tensor], Tensor] = _call_mlp
     replace_mlp: Callable[[Any, nn.Module], None] = _replace_mlp
     refuses: Callable[[PretrainedConfig], str | None] = _supported

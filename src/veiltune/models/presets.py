@@ -69,6 +69,28 @@ def _tiny_qwen3(layers: int, hidden: int, heads: int, vocab: int) -> dict[str, A
     return values | {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 2 * hidden // heads}
 
 
+def _tiny_gemma3(layers: int, hidden: int, heads: int, vocab: int) -> dict[str, Any]:
+    """As in the published ones heads are wide together, and windows alternate with full attention (here one by one)."""
+    values = _tiny_llama(layers, hidden, heads, vocab)
+    kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(layers)]
+    return values | _gemma3(2 * hidden // heads, kinds) | {"model_type": "gemma3_text", "sliding_window": 16}
+
+
+def _gemma3(head_dim: int, kinds: list[str]) -> dict[str, Any]:
+    return {
+        "tie_word_embeddings": True,
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": head_dim,
+        "sliding_window": 512,
+        "layer_types": kinds,
+        "rope_parameters": {"full_attention": _theta(1000000.0), "sliding_attention": _theta(10000.0)},
+    }
+
+
+def _five_to_one(layers: int) -> list[str]:
+    return ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(layers)]
+
+
 def _gpt2(layers: int, hidden: int, heads: int) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
@@ -120,6 +142,7 @@ FAMILIES: dict[str, Callable[[int, int, int, int], dict[str, Any]]] = {
     "mistral": _tiny_mistral,
     "qwen2": _tiny_qwen2,
     "qwen3": _tiny_qwen3,
+    "gemma3": _tiny_gemma3,
 }
 """Family name to a function (layers, hidden, heads, vocab) -> configuration values."""
 
@@ -159,6 +182,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _rotary(
         "qwen3", 28, 1024, 3072, 16, 8, 151936, head_dim=128,
         tie_word_embeddings=True, max_position_embeddings=40960, rms_norm_eps=1e-6, rope_parameters=_theta(1000000.0),
+    ),
+    "gemma3-270m": _rotary(
+        "gemma3_text", 18, 640, 2048, 4, 1, 262144,
+        max_position_embeddings=32768, rms_norm_eps=1e-6, **_gemma3(256, _five_to_one(18)),
+    ),
+    "gemma3-1b": _rotary(
+        "gemma3_text", 26, 1152, 6912, 4, 1, 262144,
+        max_position_embeddings=32768, rms_norm_eps=1e-6, **_gemma3(256, _five_to_one(26)),
     ),
 }  # fmt: skip
 """Published shapes by name."""

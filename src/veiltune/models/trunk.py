@@ -1,7 +1,7 @@
 """The host's half: obfuscated linears with their LoRA factors, run segment by segment on masked states.
 
-The modules are `transformers`' own attention and MLP with PEFT's LoRA layers; only the numbers in them are masked. The host
-knows the architecture, never a key.
+The modules are `transformers`' own attention and MLP with PEFT's LoRA layers; only the numbers in them are masked, and the
+LoRA layers compute in fewer passes (`models.fused_lora`). The host knows the architecture, never a key.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from veiltune.errors import ProtocolError
 from veiltune.models.adapters import adapted_linears, factor_parameters, inject_adapters, place_factors
 from veiltune.models.families import find_family
 from veiltune.models.family import Operation, Placement
+from veiltune.models.fused_lora import fuse_lora
 from veiltune.models.precision import round_between_operations
 from veiltune.models.skeleton import assign_parameter, blocks_of, empty_model, keep_modules, require_complete
 from veiltune.transport.messages import SegmentBackward, SegmentForward
@@ -85,13 +86,18 @@ class HostTrunk:
     def ready(self) -> None:
         """Check that every parameter has come, and settle the precision."""
         require_complete(self.model)
+        self.model.eval()  # what PEFT put in would still be training, and `forward` changes a block's mode as a whole
         for (
             module
         ) in self.model.modules():  # the zeros that stand for an output side's bias (`_move_output_terms_away`)
             if isinstance(bias := module._buffers.get("bias"), Tensor) and isinstance(module.weight, Tensor):
                 module.register_buffer("bias", bias.to(module.weight.dtype), persistent=False)
         if self.rounded:
-            round_between_operations(self.model)
+            round_between_operations(self.model)  # at the leaf modules, which fused layers would skip
+            return
+        for block in self.blocks:
+            for segment in self.family.segments:
+                fuse_lora(block, (segment.inputs, (segment.output,)))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -111,7 +117,8 @@ class HostTrunk:
             raise ProtocolError(f"no operation {request.segment} in a trunk of {len(self.operations)}")
         operation = self.operations[request.segment]
         block: Any = self.blocks[operation.block]
-        block.train(request.training)
+        if block.training is not request.training:  # a walk over the modules, twice a block
+            block.train(request.training)
         entry = request.hidden.to(self.device)
         with torch.set_grad_enabled(request.keep):
             entry.requires_grad_(request.keep and request.input_gradient)

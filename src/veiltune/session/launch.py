@@ -30,7 +30,11 @@ PARTY_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}  # said outright, it does not grow with use
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # huge pages where the system gives them on request
+}
 
 
 def channel_options(design: Design, me: str, peer: str, observers: tuple[Any, ...]) -> ChannelOptions:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from veiltune.errors import ModelError, nearest
+from veiltune.models.families.gemma3 import GEMMA3
 from veiltune.models.families.gpt2 import GPT2
 from veiltune.models.families.llama import LLAMA
 from veiltune.models.families.opt import OPT
 from veiltune.models.family import Family
 
-FAMILIES = (GPT2, OPT, LLAMA)
+FAMILIES = (GPT2, OPT, LLAMA, GEMMA3)
 
 __all__ = ["FAMILIES", "find_family"]
 

@@ -14,7 +14,10 @@ LLAMA = Family(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "self_attn.o_proj",
         exposed=("self_attn.q_norm", "self_attn.k_norm"),
+        norm="input_layernorm",
     ),
-    mlp=Segment("mlp", "mlp", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+    mlp=Segment(
+        "mlp", "mlp", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", norm="post_attention_layernorm"
+    ),
     final_norm="norm",
 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from veiltune.checkpoints import StateStore
 from veiltune.engine import Engine, ParameterBackend
+from veiltune.errors import ConfigError
 from veiltune.examples import TokenizedExample
 from veiltune.models.cut import Cut, owner_model
 from veiltune.models.families import find_family
@@ -114,6 +115,7 @@ class SplitOwner(Owner):
         config, plan = party.config, self.plan
         layers = self.cut.top if plan.trains == "top" else self.cut.owner_layers
         warmed = plan.warm_up is not None and plan.warm_up.steps > 0
+        self._require_layers(layers, warmed=warmed)
         parameters = make_trainable(
             self.model,
             family,
@@ -129,6 +131,19 @@ class SplitOwner(Owner):
         decorrelation = None if plan.decorrelation is None else Decorrelation(plan.decorrelation, seed=config.seed)
         engine = Engine(self.model, backend, device, lambda _: None)
         return tuner_for(party, plan, self.cut, engine, self.stub, self.port, decorrelation)
+
+    def _require_layers(self, layers: Sequence[int], *, warmed: bool) -> None:
+        """Refuse a cut that leaves the owner nothing to train, or to warm up."""
+        bottom, top = self.cut.bottom_layers, self.cut.top_layers
+        if not layers:
+            held = f"cut.bottom_layers = {bottom} and cut.top_layers = {top}"
+            which = "cut.top_layers" if self.plan.trains == "top" else "one of them"
+            raise ConfigError(f"{held} leave the owner no layer to train", hint=f"set {which} to at least 1")
+        if warmed and not bottom:
+            raise ConfigError(
+                "there is no bottom layer to warm up: cut.bottom_layers = 0",
+                hint="set cut.bottom_layers to at least 1, or warm_up.steps to 0",
+            )
 
     def before_training(self, examples: Sequence[TokenizedExample], held_out: Sequence[TokenizedExample]) -> None:
         """Warm up the bottom, where that was asked for, and see that what will be kept has room."""

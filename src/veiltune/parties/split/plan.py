@@ -30,7 +30,9 @@ class ServerOptions(Section):
     max_pending: int = Field(default=4, ge=1, description="forwards of one owner that may wait for their backward")
     pending_seconds: float = Field(default=600.0, gt=0, description="how long one may wait")
     max_caches: int = Field(default=4, ge=1, description="generations of one owner at a time")
-    max_tokens: int = Field(default=65536, ge=1, description="tokens of one message, padding included")
+    max_tokens: int = Field(
+        default=65536, ge=1, description="tokens of one message with what its cache holds, padding included"
+    )
     max_sessions: int = Field(default=64, ge=1, description="owners at a time")
 
 
@@ -83,6 +85,7 @@ def terms_of(config: Config, plan: SplitPlan, *, pins: Mapping[str, Any]) -> dic
     if plan.emulator is not None:  # how it is distilled is the provider's business
         decisive = plan.emulator.decisive()
         emulator = {name: value for name, value in decisive.items() if not name.startswith("distil_")}
+        emulator["layers"] = plan.emulator.layers
     return {
         "protocol": PROTOCOL,
         "design": config.design,

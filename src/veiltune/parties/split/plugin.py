@@ -15,6 +15,7 @@ from veiltune.config import Config
 from veiltune.errors import ProtocolError
 from veiltune.models.adapters import save_adapter
 from veiltune.models.checkpoint import Checkpoint, quiet_transformers
+from veiltune.models.cut import Cut
 from veiltune.models.families import find_family
 from veiltune.transport.messages import PlugIn
 
@@ -34,10 +35,11 @@ def plug_in(directory: Path, checkpoint: Checkpoint, config: Config, returned: P
     shutil.rmtree(partial, ignore_errors=True)
     with quiet_transformers():
         model: Any = checkpoint.load_plain(torch.float32)
+        cut = Cut.of(checkpoint.config, config.cut.bottom_layers, config.cut.top_layers)
         if returned.method == "full":
-            _replace(model, returned.tensors)
+            _replace(model, cut, returned.tensors)
         elif returned.tensors:
-            model = _merged(model, checkpoint, config, returned.tensors, directory.with_name("plug-in.adapter"))
+            model = _merged(model, cut, config, returned.tensors, directory.with_name("plug-in.adapter"))
         model.save_pretrained(partial)
         checkpoint.load_tokenizer().save_pretrained(partial)
     shutil.rmtree(directory, ignore_errors=True)
@@ -45,8 +47,9 @@ def plug_in(directory: Path, checkpoint: Checkpoint, config: Config, returned: P
     log.info("plugged in %d tensors", len(returned.tensors))
 
 
-def _replace(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    own = dict(model.named_parameters())
+def _replace(model: Any, cut: Cut, tensors: Mapping[str, Tensor]) -> None:
+    prefixes = tuple(f"{find_family(model.config).blocks}.{layer}." for layer in cut.owner_layers)
+    own = {name: value for name, value in model.named_parameters() if name.startswith(prefixes)}
     with torch.no_grad():
         for name, value in tensors.items():
             if name not in own or own[name].shape != value.shape:
@@ -56,19 +59,21 @@ def _replace(model: Any, tensors: Mapping[str, Tensor]) -> None:
             own[name].copy_(value)
 
 
-def _merged(model: Any, checkpoint: Checkpoint, config: Config, factors: Mapping[str, Tensor], directory: Path) -> Any:
+def _merged(model: Any, cut: Cut, config: Config, factors: Mapping[str, Tensor], directory: Path) -> Any:
     from peft import PeftModel
 
-    family, num_layers = find_family(checkpoint.config), checkpoint.config.num_hidden_layers
-    shapes = {linear.path for linear in family.linears(num_layers)}
+    family = find_family(model.config)
+    shapes: dict[str, tuple[int, int]] = {}
+    for linear in family.linears(cut.num_layers, cut.owner_layers):
+        weight = model.get_submodule(linear.path).weight
+        fan_out, fan_in = reversed(weight.shape) if family.weights_in_out else weight.shape
+        shapes |= {f"{linear.path}.lora_A": (config.lora.rank, fan_in), f"{linear.path}.lora_B": (fan_out, config.lora.rank)}
     for name, value in factors.items():
-        path, _, which = name.rpartition(".")
-        rows_or_columns = value.shape[0 if which == "lora_A" else -1]
-        if path not in shapes or which not in {"lora_A", "lora_B"} or rows_or_columns != config.lora.rank:
+        if tuple(value.shape) != shapes.get(name):
             raise ProtocolError(
-                f"the returned tensor {name!r} of shape {tuple(value.shape)} is no LoRA factor of the model"
+                f"the returned tensor {name!r} of shape {tuple(value.shape)} is no LoRA factor of the owner's layers"
             )
-    save_adapter(directory, factors, config.lora, family, num_layers, config.model)
+    save_adapter(directory, factors, config.lora, family, cut.num_layers, config.model)
     merged = PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
     shutil.rmtree(directory)
     return merged

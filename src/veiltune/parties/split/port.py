@@ -67,6 +67,13 @@ class WirePort:
         self._ticket = 0
         self._kept: dict[int, TrunkForward] = {}
 
+    def begin_step(self, step: int) -> None:
+        """Number what follows by the step it is of, not by what went before: dropout in the trunk draws by the ticket.
+
+        So a run that is resumed draws what it would have drawn. Evaluations between two steps have 2²¹ numbers.
+        """
+        self._ticket = max(self._ticket, (2 * step + 1) << 20)
+
     def forward(self, hidden: Tensor, context: TrunkContext) -> tuple[int, Tensor]:
         """One forward crossing: (batch, seq, d) states in, the trunk's output out, and the ticket for its backward."""
         self._ticket += 1

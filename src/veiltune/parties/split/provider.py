@@ -124,7 +124,9 @@ class Provider:
 
     def _answer(self, session: TrunkSession, link: Channel, message: Message) -> Message | None:
         if isinstance(message, EmulatorRequest):
-            self.emulation.send(link)
+            with self._loading:
+                emulation = self.emulation
+            emulation.send(link)
             return None
         if isinstance(message, PlugIn):
             if not self.plan.plug_in:

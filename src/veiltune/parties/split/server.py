@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +33,6 @@ class _Pending:
     request: TrunkForward
     entry: Tensor
     output: Tensor | None
-    random_state: Tensor | None
 
 
 class TrunkServer:
@@ -123,27 +124,36 @@ class TrunkSession:
         self._check_context(request, entry)
         keep_graph = request.keep and self.options.activations == "keep"
         cache = self._cache(request.cache_id)
-        starts = cache is None or cache.get_seq_length() == 0
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self._require_few(entry.shape[0], past + entry.shape[1], f"forward {request.ticket} with what its cache holds")
         with self.server.lock:
-            random_state = torch.get_rng_state() if request.keep and request.training and not keep_graph else None
             entry.requires_grad_(keep_graph)
             with torch.set_grad_enabled(keep_graph):
                 output = self._run(request, entry)
         if request.keep:
             kept = output if keep_graph else None
-            self._drop_old()
-            self.pending[request.ticket] = _Pending(time.monotonic(), request, entry, kept, random_state)
-        return TrunkOutput(request.ticket, self.states.encode(output.detach(), starts=starts))
+            self._drop_old(room=1)
+            self.pending[request.ticket] = _Pending(time.monotonic(), request, entry, kept)
+        return TrunkOutput(request.ticket, self.states.encode(output.detach(), starts=past == 0))
 
     def _run(self, request: TrunkForward, entry: Tensor) -> Tensor:
         mask, positions = request.attention_mask, request.position_ids
-        return self.server.trunk.forward(
-            entry,
-            None if mask is None else mask.to(entry.device),
-            None if positions is None else positions.to(entry.device),
-            self._cache(request.cache_id),
-            training=request.training,
-        )
+        with self._drawing(request.ticket) if request.training else nullcontext():
+            return self.server.trunk.forward(
+                entry,
+                None if mask is None else mask.to(entry.device),
+                None if positions is None else positions.to(entry.device),
+                self._cache(request.cache_id),
+                training=request.training,
+            )
+
+    @contextmanager
+    def _drawing(self, ticket: int) -> Generator[None]:
+        """Dropout draws by the ticket alone: the same when a forward is run or sent again, whoever else is served meanwhile."""
+        device = self.server.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(ticket)
+            yield
 
     def _cache(self, cache_id: int) -> Any:
         if cache_id == 0:
@@ -152,10 +162,11 @@ class TrunkSession:
             while len(self.caches) >= self.options.max_caches:
                 self.caches.popitem(last=False)
             self.caches[cache_id] = self.server.trunk.new_cache()
+        self.caches.move_to_end(cache_id)
         return self.caches[cache_id]
 
     def _backward(self, request: TrunkBackward) -> TrunkGradient:
-        self._drop_old()
+        self._drop_old(room=0)
         found = self.pending.pop(request.ticket, None)
         if found is None:
             raise ProtocolError(
@@ -178,17 +189,15 @@ class TrunkSession:
     def _again(self, pending: _Pending) -> Tensor:
         """The forward once more, with its graph; dropout draws what it drew before."""
         pending.entry.requires_grad = True
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            if pending.random_state is not None:
-                torch.set_rng_state(pending.random_state)
+        with torch.enable_grad():
             return self._run(pending.request, pending.entry)
 
-    def _drop_old(self) -> None:
-        """Keep pending forwards within their bounds, with room for one more."""
+    def _drop_old(self, *, room: int) -> None:
+        """Keep pending forwards within their bounds, with room for so many more."""
         oldest = time.monotonic() - self.options.pending_seconds
         while self.pending:
             ticket, first = next(iter(self.pending.items()))
-            if first.born >= oldest and len(self.pending) < self.options.max_pending:
+            if first.born >= oldest and len(self.pending) + room <= self.options.max_pending:
                 return
             del self.pending[ticket]
 
@@ -196,12 +205,14 @@ class TrunkSession:
         hidden = codec.decode(payload, device=self.server.device)
         if hidden.dim() != 3 or hidden.shape[2] != self.server.width or 0 in hidden.shape:
             raise ProtocolError(f"{what} have shape {tuple(hidden.shape)}, not (batch, seq, {self.server.width})")
-        if hidden.shape[0] * hidden.shape[1] > self.options.max_tokens:
-            raise ProtocolError(
-                f"{what}: {hidden.shape[0]} x {hidden.shape[1]} tokens exceed {self.options.max_tokens}",
-                hint="send smaller batches",
-            )
+        self._require_few(hidden.shape[0], hidden.shape[1], what)
         return hidden
+
+    def _require_few(self, batch: int, length: int, what: str) -> None:
+        if batch * length > self.options.max_tokens:
+            raise ProtocolError(
+                f"{what}: {batch} x {length} tokens exceed {self.options.max_tokens}", hint="send smaller batches"
+            )
 
     def _check_context(self, request: TrunkForward, entry: Tensor) -> None:
         batch, seq, _ = entry.shape

@@ -68,6 +68,8 @@ class SplitTuner(EngineTuner):
         self.decorrelation = decorrelation
         self.correlations: list[float] = []
         self._clock = _StepClock(party)
+        self._step = 0
+        self._is_new_step = True
         engine.penalty = None if decorrelation is None else self._penalty
 
     @property
@@ -77,6 +79,9 @@ class SplitTuner(EngineTuner):
 
     def accumulate(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int) -> float:
         """See `Tuner.accumulate`."""
+        if self._is_new_step:
+            self.port.begin_step(self._step)
+            self._is_new_step = False
         with self._clock:
             self.stub.observe = self.decorrelation is not None
             try:
@@ -89,6 +94,7 @@ class SplitTuner(EngineTuner):
         with self._clock:
             norm = super().step(learning_rate, max_grad_norm)
         self._clock.steps += 1
+        self._step, self._is_new_step = self._step + 1, True
         self.party.report("border", {"bytes": self._clock.num_bytes, "messages": self._clock.messages, "border": "cut"})
         if self.decorrelation is not None:
             if self.decorrelation.last is not None:
@@ -99,6 +105,7 @@ class SplitTuner(EngineTuner):
     def load(self, step: int) -> None:
         """See `Tuner.load`."""
         super().load(step)
+        self._step, self._is_new_step = step, True
         if self.decorrelation is not None:
             self.decorrelation.start_at(step)
 
