@@ -20,6 +20,7 @@ from veiltune.designs import DESIGNS
 from veiltune.errors import PeerLostError, ProtocolError
 from veiltune.models.presets import random_config
 from veiltune.models.random_weights import byte_tokenizer, write_random_weights
+from veiltune.parties.owner import JOBS
 from veiltune.parties.party import Job, Party
 from veiltune.parties.split.plan import SplitPlan
 from veiltune.parties.split.provider import Provider
@@ -131,9 +132,7 @@ class Client:
         design = DESIGNS[provider.config.design]
         self.provider = provider
         self.errors: list[BaseException] = []
-        self.link, theirs = memory_pair(
-            "owner", "provider", b_options=channel_options(design, "provider", "owner", ())
-        )
+        self.link, theirs = memory_pair("owner", "provider", b_options=channel_options(design, "provider", "owner", ()))
         self.thread = threading.Thread(target=self._serve, args=(theirs,), daemon=True)
         self.thread.start()
 
@@ -192,6 +191,10 @@ class Running:
         return [name for name, _ in self.events]
 
 
+_JOINING = threading.Lock()
+"""`transformers` builds one model at a time in a process; owners are processes of their own but in these tests."""
+
+
 def connected(design: str, output: Path, running: Running, **tables: Any) -> Config:
     """An owner's configuration that has its provider in ``running``."""
     session = {
@@ -223,14 +226,20 @@ def own_here(
 
     for running in started:
         threading.Thread(target=listen, args=(running.control,), daemon=True).start()
+    owner: Any = None
     try:
         party.dial_services()
-        DESIGNS[config.design].roles["owner"](party)
+        with _JOINING:
+            owner = DESIGNS[config.design].join(party)
+        JOBS[party.job.verb](owner)
+        owner.leave()
         return {**party.figures, "traffic": party.meter.snapshot()}
     finally:
-        for link in party.links.values():
+        for link in [*party.links.values(), *([] if owner is None else [owner.port.link])]:
             link.close()
         party.control.close()
+        for running in started:
+            running.control.close()
 
 
 @contextmanager

@@ -201,7 +201,9 @@ def test_adapting_some_linears_is_as_exact(setting: str, model: str, targets: tu
     assert relative_error(actual["logits_tuned"], expected["logits_tuned"]) < 1e-5
     assert worst(actual, expected, "gradient:") < 1e-4
     blocks = {part for name in expected if "lora_" in name for part in name.split(".") if part.isdigit()}
-    assert blocks == {"gradfree": {"1"}, "local": {"0", "1"}, "obfuscatune": {"0", "1"}}.get(SETTINGS[setting][0], {"0"})
+    assert blocks == {"gradfree": {"1"}, "local": {"0", "1"}, "obfuscatune": {"0", "1"}}.get(
+        SETTINGS[setting][0], {"0"}
+    )
     assert relative_error(expected["logits_tuned"], local_probe(model, "float32")["logits_tuned"]) > 1e-4
 
 
@@ -222,14 +224,14 @@ def test_a_models_own_dropout_acts_in_training_as_in_transformers_and_nowhere_el
     expected = []
     for training in (True, False):
         plain.train(training)
-        if SETTINGS[setting][0] == "gradfree":  # below the top nothing is trained, and what it gives is kept for all epochs
+        if (
+            SETTINGS[setting][0] == "gradfree"
+        ):  # below the top nothing is trained, and what it gives is kept for all epochs
             top = plain.get_submodule("transformer.h.1" if model.startswith("gpt2") else "model.decoder.layers.1")
             plain.eval()
             top.train(training)
         with torch.no_grad():
-            logits = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
-                :, :-1
-            ]
+            logits = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
         expected.append(float(functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())))
     assert abs(expected[0] - expected[1]) > 1e-3, "dropout does nothing here, so this shows nothing"
     assert history["loss"] == [pytest.approx(expected[0], rel=2e-6)]

@@ -168,8 +168,8 @@ def test_an_output_beyond_the_bound_is_refused_and_leaves_nothing(tmp_path: Path
     with pytest.raises(ConfigError) as caught:
         store.put([3] * 4, output())
     assert f"{3 * size} bytes" in caught.value.message
-    assert f"gradfree.cache_bytes allows {2 * size}" in caught.value.message
-    assert f"gradfree.cache_bytes to at least {3 * size}" in str(caught.value.hint)
+    assert f"gradfree.cache.max_bytes allows {2 * size}" in caught.value.message
+    assert f"gradfree.cache.max_bytes to at least {3 * size}" in str(caught.value.hint)
     assert files(tmp_path / "cache") == before
     assert store.missing([3] * 4)
     store.put([1] * 4, output(seed=1))  # a replacement needs no more room
@@ -218,7 +218,7 @@ def test_the_refusal_names_what_to_raise(tmp_path: Path, *, sealed: bool) -> Non
         ConfigError, match=r"2 examples of 1000 tokens more; gradfree\.cache_bytes allows 99$"
     ) as caught:
         cache(tmp_path, sealed=sealed, max_bytes=99).require_room(1000, 576, torch.float32, num_examples=2)
-    assert "set gradfree.cache_bytes to at least 2304" in str(caught.value.hint)
+    assert "set gradfree.cache.max_bytes to at least 2304" in str(caught.value.hint)
     assert files(tmp_path) == []
 
 

@@ -6,11 +6,9 @@ Each is a new interpreter, so these tests are slow.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import signal
 import stat
-import subprocess
 import threading
 import time
 from collections.abc import Generator
@@ -71,7 +69,8 @@ class Program:
         self.process = outside(["party", "provider", config, "--listen", listen, "--json"])
         self.events: list[dict[str, Any]] = []
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -94,9 +93,10 @@ class Program:
         if self.process.poll() is None:
             self.process.send_signal(how)
         code = self.process.wait(30)
+        self._reader.join(30)
         for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None and stream is not self.process.stdout:
-                stream.close()
+            assert stream is not None
+            stream.close()
         return code
 
 
@@ -104,7 +104,9 @@ class Program:
 def started(directory: Path, design: str, **changes: Any) -> Generator[tuple[Program, str]]:
     """A provider and its address."""
     token = str(directory / "token")
-    program = Program(write(directory / "provider", values(directory / "provider", design, session__token_file=token, **changes)))
+    program = Program(
+        write(directory / "provider", values(directory / "provider", design, session__token_file=token, **changes))
+    )
     try:
         yield program, program.wait_for("listening")["address"]
     finally:
@@ -156,7 +158,9 @@ def test_several_owners_tune_at_one_provider_and_each_has_its_own_losses(tmp_pat
         assert (tmp_path / "a" / "out" / "adapter" / "adapter_model.safetensors").is_file()
         assert not (tmp_path / "a" / "out" / "parties" / "provider").exists(), "that is elsewhere"
 
-        with outside(["generate", configs[0], "--prompt", "The cat is red.", "--max-new-tokens", "4", "--json"]) as asked:
+        with outside(
+            ["generate", configs[0], "--prompt", "The cat is red.", "--max-new-tokens", "4", "--json"]
+        ) as asked:
             out, err = asked.communicate(timeout=100)
         assert asked.returncode == 0, err
         assert json.loads(out)["is_tuned"] is True
@@ -286,5 +290,3 @@ def test_a_port_that_is_taken(veiltune: Any, tmp_path: Path) -> None:
 def test_interpreters_are_few() -> None:
     """A guard for whoever adds tests here: each program takes seconds."""
     assert Path(__file__).read_text(encoding="utf-8").count("outside(") <= 8
-    assert os.environ["OMP_NUM_THREADS"]
-    assert subprocess.PIPE

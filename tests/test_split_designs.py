@@ -115,7 +115,12 @@ def test_each_protection_changes_what_crosses_and_what_is_learnt(
     seen = {}
     for name, table in {"off": {}, "on": options}.items():
         config = cut_config(
-            "online", tmp_path / name, data=text, train={**TRAIN, "steps": 4}, online=table, session={"record": ["provider"]}
+            "online",
+            tmp_path / name,
+            data=text,
+            train={**TRAIN, "steps": 4},
+            online=table,
+            session={"record": ["provider"]},
         )
         losses = tuned(config)["loss"]
         messages = [message for _, message in transcripts(tmp_path / name, "provider")]
@@ -341,7 +346,11 @@ def test_gradfrees_traffic_does_not_grow_with_epochs(tmp_path: Path, text: dict[
 
 def test_an_owner_without_room_is_refused_before_anything_crosses(tmp_path: Path, text: dict[str, str]) -> None:
     config = cut_config(
-        "gradfree", tmp_path / "run", data=text, gradfree={"cache": {"max_bytes": 5000}}, session={"record": ["provider"]}
+        "gradfree",
+        tmp_path / "run",
+        data=text,
+        gradfree={"cache": {"max_bytes": 5000}},
+        session={"record": ["provider"]},
     )
     with pytest.raises(PartyFailure, match=r"cache of trunk outputs would take \d+ bytes") as caught:
         run(config, "tune")
@@ -361,7 +370,12 @@ def test_a_sealed_cache_holds_nothing_that_can_be_read(tmp_path: Path, text: dic
     for sealed in (False, True):
         output = tmp_path / str(sealed)
         config = cut_config(
-            "gradfree", output, data=text, train=TRAIN, gradfree={"cache": {"sealed": sealed}}, session={"record": ["owner"]}
+            "gradfree",
+            output,
+            data=text,
+            train=TRAIN,
+            gradfree={"cache": {"sealed": sealed}},
+            session={"record": ["owner"]},
         )
         losses = tuned(config)["loss"]
         codec = WireCodec.for_activations(DESIGNS["gradfree"].options().wire.model_copy(update=WIRE))
@@ -495,9 +509,13 @@ def test_tuning_on_an_emulator_crosses_nothing(design: str, tmp_path: Path, text
         counts = {key: messages for key, (messages, _) in crossed(outcome.traffic).items()}
         found.append(counts)
         assert outcome.owner["engine"]["crossings_per_step"] == 0
-        assert not {kind for key in counts for kind in [key.split()[1]]} & {"TrunkForward", "TrunkBackward", "TrunkOutput"}
-        card = outcome.owner["emulator"]
-        assert card["kept"] if "kept" in card else card
+        assert not {kind for key in counts for kind in [key.split()[1]]} & {
+            "TrunkForward",
+            "TrunkBackward",
+            "TrunkOutput",
+        }
+        assert set(outcome.owner["emulator"]["kept"]) <= {1, 2, 3}
+        assert 0 < outcome.owner["emulator"]["byte_share"] <= 1
     assert found[0] == found[1]
     assert found[0]["provider->owner EmulatorShard"] >= 1
 
@@ -515,7 +533,11 @@ def test_the_plugged_in_model_is_that_of_split_inference(
     output = tmp_path / "run"
     options = {"plug_in": True, "emulator": {"layers": 1}}
     config = cut_config(
-        design, output, data=text, train={**TRAIN, "steps": 4, "learning_rate": 1e-2, "method": method}, **{design: options}
+        design,
+        output,
+        data=text,
+        train={**TRAIN, "steps": 4, "learning_rate": 1e-2, "method": method},
+        **{design: options},
     )
     assert "PlugIn" in run(config, "tune").traffic["owner->provider"]
     protected = probed(config, steps=0, resume=True)["logits"]
@@ -557,7 +579,7 @@ def test_every_kind_of_emulator_is_built_once_and_tuned_against(
         "offsite", deep_model(), tmp_path / "run", cut=CUT, data=text, train={**TRAIN, "steps": 4},
         offsite={"emulator": emulator},
     )  # fmt: skip
-    first = run(config, "tune", on_event=lambda name, fields: events.append(name))
+    first = run(config, "tune", on_event=lambda name, _: events.append(name))
     assert all(math.isfinite(loss) for loss in first.owner["history"]["loss"])
     assert first.owner["history"]["loss"] != exact, "it is not the trunk itself"
     assert ("emulating" in events) == (kind != "layerdrop"), "progress, but where nothing takes long"
@@ -611,11 +633,13 @@ def test_int8_and_int4_keep_to_their_share_of_the_bytes(tmp_path: Path, text: di
     sizes = {}
     for bits in (32, 8, 4):
         wire = {"activation_bits": bits, "gradient_bits": bits, "first_position": "quantised"}
-        config = cut_config("online", tmp_path / str(bits), data=text, train={**TRAIN, "steps": 3}, online={"wire": wire})
+        config = cut_config(
+            "online", tmp_path / str(bits), data=text, train={**TRAIN, "steps": 3}, online={"wire": wire}
+        )
         sizes[bits] = run(config, "tune").owner["engine"]["border_bytes_per_step"]
     assert 0.2 < sizes[8] / sizes[32] < 0.36
     assert 0.1 < sizes[4] / sizes[32] < 0.24
 
 
 def test_trunk_of_the_cut_is_what_the_tests_think() -> None:
-    assert TRUNK == KEEP_ALL["layers"]
+    assert KEEP_ALL["layers"] == TRUNK

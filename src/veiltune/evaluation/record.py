@@ -14,8 +14,6 @@ from veiltune.config import Config
 from veiltune.designs import DESIGNS
 from veiltune.models.accounting import DESIGNS as ACCOUNTED
 from veiltune.models.accounting import Shares, shares
-from veiltune.models.cut import Cut
-from veiltune.models.cut_accounting import cut_shares
 from veiltune.models.family import Placement
 from veiltune.models.skeleton import resolve_device
 from veiltune.models.sources import resolve_config
@@ -145,18 +143,17 @@ def _cost(config: Config, outcome: Outcome, history: Mapping[str, Any], length: 
         rounds=_rounds(traffic),
         peak_rss={role: figures["peak_rss"] for role, figures in outcome.figures.items() if "peak_rss" in figures},
         enclave=_enclave_cost(counted, engine),
-        revealed_param_share=_revealed(config, counted, outcome),
+        revealed_param_share=_revealed(counted, outcome),
     )
 
 
-def _revealed(config: Config, counted: Shares | None, outcome: Outcome) -> dict[str, float]:
+def _revealed(counted: Shares | None, outcome: Outcome) -> dict[str, float]:
     """Share of the provider's parameters that another party has in the clear: an emulator's count by its bytes."""
-    if not DESIGNS[config.design].is_cut:
+    share = outcome.owner.get("owner_share")
+    if share is None:
         return {} if counted is None else {"host": counted.revealed_param_share}
-    model = resolve_config(config.model)
-    found = cut_shares(model, Cut.of(model, config.cut.bottom_layers, config.cut.top_layers), 1, 1)
-    card = outcome.owner.get("emulator", {})
-    return {"owner": min(1.0, found.owner_share + (1 - found.owner_share) * card.get("byte_share", 0.0))}
+    given = outcome.owner.get("emulator", {}).get("byte_share", 0.0)
+    return {"owner": min(1.0, share + (1 - share) * given)}
 
 
 def _enclave_cost(counted: Shares | None, engine: Mapping[str, Any]) -> EnclaveCost:

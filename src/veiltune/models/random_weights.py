@@ -19,6 +19,7 @@ from torch import Tensor
 
 from veiltune.models.cache import build_once, cache_key, cache_root, require_free_disk
 from veiltune.models.checkpoint import quiet_transformers
+from veiltune.models.families import find_family
 from veiltune.models.presets import BOS_ID, EOS_ID, PAD_ID, random_config
 
 _FORMAT = 2  # part of the cache key: raise it when the same spec gives other weights
@@ -72,10 +73,11 @@ def write_random_weights(config: Any, directory: Path, dtype: torch.dtype) -> No
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     require_free_disk(directory, total, "the random model")
     weight_map: dict[str, str] = {}
+    offset = find_family(config).gain_offset
     shards = _by_block(shapes)
     for number, names in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: draw_tensor(name, shapes[name], config.hidden_size).to(dtype) for name in names}
+        tensors = {name: draw_tensor(name, shapes[name], config.hidden_size, offset).to(dtype) for name in names}
         save_file(tensors, directory / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file_name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -84,12 +86,12 @@ def write_random_weights(config: Any, directory: Path, dtype: torch.dtype) -> No
     config.save_pretrained(directory)
 
 
-def draw_tensor(name: str, shape: tuple[int, ...], hidden: int) -> Tensor:
+def draw_tensor(name: str, shape: tuple[int, ...], hidden: int, gain_offset: float = 0.0) -> Tensor:
     """One float32 tensor, determined by its name and shape alone.
 
     Matrices: normal, standard deviation 0.02 as GPT-2's, but at least 0.5/√hidden, so that in narrow test models
         attention is
-    not uniform and no part of the network is negligible. Gains: 1 ± 0.1. Biases: normal, 0.05, so that a forgotten
+    not uniform and no part of the network is negligible. Gains: 1 ± 0.1, less the ``gain_offset`` that a norm adds itself. Biases: normal, 0.05, so that a forgotten
     one shows.
     """
     seed = hashlib.sha256(json.dumps([_FORMAT, name, list(shape)]).encode()).digest()[:8]
@@ -98,7 +100,7 @@ def draw_tensor(name: str, shape: tuple[int, ...], hidden: int) -> Tensor:
     if name.endswith(".bias"):
         return noise.mul_(0.05)
     if len(shape) == 1:
-        return noise.clamp_(-3, 3).mul_(0.1).add_(1.0)
+        return noise.clamp_(-3, 3).mul_(0.1).add_(1.0 - gain_offset)
     return noise.mul_(max(0.02, 0.5 / math.sqrt(hidden)))
 
 

@@ -188,7 +188,7 @@ class TrunkStub(PassThrough):
         if self.replay is not None:
             return self._replayed(self.replay, hidden_states, cache)
         cache_id, past = self.caches.enter(cache, hidden_states.shape[0])
-        self._note(hidden_states)
+        self.note_smashed(hidden_states)
         self.crosses_backward = torch.is_grad_enabled() and hidden_states.requires_grad
         context = self._context(position_ids, cache_id, past)
         if self.crosses_backward:
@@ -206,7 +206,8 @@ class TrunkStub(PassThrough):
         self.embeddings = self.smashed = self._observed_mask = None
         return None if embeddings is None or smashed is None else (embeddings, smashed, mask)
 
-    def _note(self, hidden: Tensor) -> None:
+    def note_smashed(self, hidden: Tensor) -> None:
+        """Under ``observe``, remember the states at the cut. An emulator in this slot has them told by its own pre-hook."""
         if self.observe:
             self.smashed, self._observed_mask = hidden, _unless_all_ones(self._mask)
             if self.index == 0:

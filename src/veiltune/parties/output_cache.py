@@ -35,7 +35,7 @@ from torch import Tensor
 from veiltune.errors import CheckpointError, ConfigError
 from veiltune.tee.sealing import CHUNK_BYTES, TAG_BYTES, SealingKey, seal, unseal
 
-OPTION: Final = "gradfree.cache_bytes"
+OPTION: Final = "gradfree.cache.max_bytes"
 _ENTRY: Final = re.compile(r"([0-9a-f]{64})\.(safetensors|sealed)")
 _PARTIAL: Final = re.compile(r"\.[0-9a-f]{64}\.\w+\.partial")
 _MAX_DIGITS: Final = 20  # of a number in a file's header

@@ -27,7 +27,6 @@ from veiltune.transport.stream import (
     TOKEN_BYTES,
     SocketChannel,
     connect,
-    listen_loopback,
     proves_itself,
     token_handshake,
 )
@@ -36,6 +35,7 @@ from veiltune.transport.transcript import Meter
 log = logging.getLogger(__name__)
 OnEvent = Callable[[str, dict[str, Any]], None]
 POLL_SECONDS = 0.2
+_BACKLOG = 16
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -141,17 +141,23 @@ class Service:
         self._stopping = threading.Event()
         self._links: set[Channel] = set()
         self._guard = threading.Lock()
-        self._listener = self._listen(address)
+        self._listener = self._bind(address)
         host, port = self._listener.getsockname()[:2]
         self.address = f"{host}:{port}"
 
-    def _listen(self, address: tuple[str, int]) -> socket.socket:
+    def _bind(self, address: tuple[str, int]) -> socket.socket:
+        """Take the address now; whoever comes before `run` listens is turned away, and tries again."""
+        host, port = address
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
-            return listen_loopback(address[1], address[0])
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
         except OSError as error:
+            sock.close()
             raise ConfigError(
-                f"cannot listen at {address[0]}:{address[1]}: {error.strerror or error}", hint="choose another --listen"
+                f"cannot listen at {host}:{port}: {error.strerror or error}", hint="choose another --listen"
             ) from None
+        return sock
 
     def run(self) -> None:
         """Load, then serve until `stop`.
@@ -161,6 +167,7 @@ class Service:
         """
         try:
             serve = self.design.services[self.role](self._party())
+            self._listener.listen(_BACKLOG)
             self.on_event("listening", {"address": self.address})
             self._listener.settimeout(POLL_SECONDS)
             while not self._stopping.is_set():
@@ -170,6 +177,7 @@ class Service:
                     continue
                 threading.Thread(target=self._session, args=(sock, serve), daemon=True).start()
         finally:
+            self._stopping.set()
             self._listener.close()
             with self._guard:
                 links = list(self._links)
@@ -189,6 +197,10 @@ class Service:
         link = SocketChannel(sock, self.role, "owner", **options)
         with self._guard:
             self._links.add(link)
+            if (
+                self._stopping.is_set()
+            ):  # it came as the service ended, which has closed its links or will not see this one
+                link.close()
         try:
             serve(link)
             self.on_event("session_ended", {})

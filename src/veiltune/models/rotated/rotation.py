@@ -27,6 +27,8 @@ from veiltune.models.rotated.maps import LinearMap, Rows
 from veiltune.privacy.orthogonal import Key
 from veiltune.secrets import Secret
 
+_POWER_STEPS = 60
+
 
 def centred(rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """rows·M."""
@@ -161,21 +163,30 @@ class Reads(BorderMap):
         """rows·R⁻¹."""
         return self.stream.key.unmask(rows)
 
+    def _unfold_back(self, rows: Rows) -> Rows:
+        """rows·T⁻¹, where there is a bias: what `unfold` is the transpose of."""
+        gain, bias = self._gain.to(rows), self._bias.to(rows)  # pyrefly: ignore[missing-attribute]
+        mean = (rows / gain).sum(-1, keepdim=True) / (bias / gain).sum()
+        return (rows - mean * bias) / gain + mean
+
     def condition_number(self) -> float:
-        """An upper bound of κ(T), or ∞: how much `unfold` can enlarge."""
-        gain = self._gain.abs()
-        largest, smallest = float(gain.max()), float(gain.min())
-        if smallest == 0:
+        """κ(T), by power iteration, from slightly below; ∞ if T cannot be undone. How much `unfold` can enlarge an error."""
+        smallest = float(self._gain.abs().min())
+        if smallest == 0 or (self._bias is None and self.stream.is_centred):  # the constant channel would be trained too
             return float("inf")
         if self._bias is None:
-            return largest / smallest
-        ratio = self._bias / self._gain
-        total, d = abs(float(ratio.sum())), len(gain)
-        if total == 0:
+            return float(self._gain.abs().max()) / smallest
+        if float((self._bias / self._gain).sum()) == 0:
             return float("inf")
-        forward = largest + float(self._bias.norm()) / d**0.5
-        backward = (1 + (d + d**0.5 * float(ratio.norm())) / total) / smallest
-        return forward * backward
+        start = torch.randn(1, len(self._gain), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        norms = []
+        for there, back in ((self.fold, self.fold_back), (self.unfold, self._unfold_back)):
+            vector = start
+            for _ in range(_POWER_STEPS):
+                vector = back(there(vector))
+                vector = vector / vector.norm()
+            norms.append(float(there(vector).norm()))
+        return norms[0] * norms[1]
 
 
 @final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from veiltune.checkpoints import StateStore
 from veiltune.engine import Engine, ParameterBackend
-from veiltune.errors import ConfigError
+from veiltune.errors import ConfigError, PeerLostError, VeiltuneError
 from veiltune.examples import TokenizedExample
 from veiltune.models.cut import Cut, owner_model
+from veiltune.models.cut_accounting import cut_shares
 from veiltune.models.families import find_family
 from veiltune.models.precision import round_between_operations
 from veiltune.models.skeleton import compute_dtype, config_from_json, resolve_device
@@ -41,6 +43,7 @@ from veiltune.transport.messages import (
     TokenizerFiles,
 )
 
+RETRY_SECONDS = 0.2
 PINS = "agreed.json"
 """What the owner remembers of the provider's model, in its own directory: on resuming, another one is refused."""
 
@@ -82,6 +85,7 @@ class SplitOwner(Owner):
         self.model: Any = owner_model(model_config, self.cut)
         receive_weights(link, self.model, dtype, device)
         party.figures["model"] = {"fingerprint": card.fingerprint, "num_parameters": card.num_parameters}
+        party.figures["owner_share"] = cut_shares(model_config, self.cut, 1, 1).owner_share
         self.port = WirePort(link, plan.wire, self._reconnecting(party))
         self.stub = install_trunk_stub(self.model, find_family(model_config), self.cut, self.port)
         tuner = self._tuner(party, find_family(model_config), dtype, device)
@@ -105,9 +109,18 @@ class SplitOwner(Owner):
         renew = party.reconnect
 
         def reconnect() -> Channel:
-            link = renew("provider")
-            self._agree(party, link, with_layers=False)
-            return link
+            deadline = time.monotonic() + party.config.session.retry_seconds
+            while True:
+                link = renew("provider")
+                try:
+                    self._agree(party, link, with_layers=False)
+                except VeiltuneError as error:
+                    link.close()
+                    if not isinstance(error, PeerLostError) or time.monotonic() > deadline:
+                        raise  # else it went away again before it agreed
+                    time.sleep(RETRY_SECONDS)
+                else:
+                    return link
 
         return reconnect
 

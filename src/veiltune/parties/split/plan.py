@@ -81,11 +81,12 @@ class SplitPlan:
 
 def terms_of(config: Config, plan: SplitPlan, *, pins: Mapping[str, Any]) -> dict[str, Any]:
     """What one party is ready to do, item by item. ``pins``: ``weights`` and ``vocabulary``, where it knows them."""
-    emulator = None
+    emulator = lora = None
     if plan.emulator is not None:  # how it is distilled is the provider's business
-        decisive = plan.emulator.decisive()
-        emulator = {name: value for name, value in decisive.items() if not name.startswith("distil_")}
-        emulator["layers"] = plan.emulator.layers
+        values = plan.emulator.model_dump(mode="json")
+        emulator = {name: value for name, value in values.items() if not name.startswith("distil_")}
+    if plan.plug_in:  # the provider is to merge it
+        lora = config.lora.model_dump(mode="json", include={"rank", "alpha", "targets"})
     return {
         "protocol": PROTOCOL,
         "design": config.design,
@@ -98,6 +99,7 @@ def terms_of(config: Config, plan: SplitPlan, *, pins: Mapping[str, Any]) -> dic
         "wire": plan.wire.model_dump(mode="json"),
         "emulator": emulator,
         "plug_in": plan.plug_in,
+        "lora": lora,
     }
 
 

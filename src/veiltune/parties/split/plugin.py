@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veiltune.config import Config
 from veiltune.errors import ProtocolError
-from veiltune.models.adapters import save_adapter
+from veiltune.models.adapters import adapted_linears, save_adapter
 from veiltune.models.checkpoint import Checkpoint, quiet_transformers
 from veiltune.models.cut import Cut
 from veiltune.models.families import find_family
@@ -64,10 +64,13 @@ def _merged(model: Any, cut: Cut, config: Config, factors: Mapping[str, Tensor],
 
     family = find_family(model.config)
     shapes: dict[str, tuple[int, int]] = {}
-    for linear in family.linears(cut.num_layers, cut.owner_layers):
+    for linear in adapted_linears(family, cut.num_layers, config.lora, cut.owner_layers):
         weight = model.get_submodule(linear.path).weight
         fan_out, fan_in = reversed(weight.shape) if family.weights_in_out else weight.shape
-        shapes |= {f"{linear.path}.lora_A": (config.lora.rank, fan_in), f"{linear.path}.lora_B": (fan_out, config.lora.rank)}
+        shapes |= {
+            f"{linear.path}.lora_A": (config.lora.rank, fan_in),
+            f"{linear.path}.lora_B": (fan_out, config.lora.rank),
+        }
     for name, value in factors.items():
         if tuple(value.shape) != shapes.get(name):
             raise ProtocolError(

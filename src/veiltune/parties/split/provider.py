@@ -131,7 +131,8 @@ class Provider:
         if isinstance(message, PlugIn):
             if not self.plan.plug_in:
                 raise ProtocolError("it was agreed that the owner keeps what it trained")
-            plug_in(self.party.directory / "plug-in", self.checkpoint, self.config, message)
+            with self._loading:  # one at a time: they all write to one place
+                plug_in(self.party.directory / "plug-in", self.checkpoint, self.config, message)
             return Acknowledged()
         return session.handle(message)
 

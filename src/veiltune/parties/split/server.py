@@ -41,7 +41,9 @@ class TrunkServer:
     Args:
         trunk: filled and frozen.
         plan: the design's; how the wire is encoded, and the bounds.
-        vocabulary: of the model, for the terms.
+        cut: where the model is cut.
+        width: of the hidden states.
+        device: where the trunk is.
     """
 
     def __init__(self, trunk: Trunk, plan: SplitPlan, cut: Cut, *, width: int, device: torch.device) -> None:

@@ -70,6 +70,7 @@ class SplitTuner(EngineTuner):
         self._clock = _StepClock(party)
         self._step = 0
         self._is_new_step = True
+        self._random_state: Tensor | None = None
         engine.penalty = None if decorrelation is None else self._penalty
 
     @property
@@ -81,7 +82,7 @@ class SplitTuner(EngineTuner):
         """See `Tuner.accumulate`."""
         if self._is_new_step:
             self.port.begin_step(self._step)
-            self._is_new_step = False
+            self._is_new_step, self._random_state = False, torch.get_rng_state()
         with self._clock:
             self.stub.observe = self.decorrelation is not None
             try:
@@ -101,6 +102,12 @@ class SplitTuner(EngineTuner):
                 self.correlations.append(self.decorrelation.last)
             self.decorrelation.advance()
         return norm
+
+    def save(self, step: int) -> None:
+        """See `Tuner.save`. Saved in the middle of a step, the step will be run again, and must draw what it drew."""
+        if not self._is_new_step and self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+        super().save(step)
 
     def load(self, step: int) -> None:
         """See `Tuner.load`."""
@@ -177,7 +184,8 @@ class KeepingTuner(SplitTuner):
 
     @torch.no_grad()
     def _fetch(self, cache: OutputCache, rows: list[list[int]], input_ids: Tensor, attention_mask: Tensor) -> None:
-        missing = [index for index, ids in enumerate(rows) if cache.missing(ids)]
+        first = {tuple(ids): index for index, ids in reversed(list(enumerate(rows)))}  # equal texts cross once
+        missing = sorted(index for ids, index in first.items() if cache.missing(list(ids)))
         if not missing:
             return
         length = max(len(rows[index]) for index in missing)
@@ -237,11 +245,19 @@ class EmulatedTuner(SplitTuner):
         before = {slot: slots.get_submodule(str(slot)) for slot in self._blocks}
         for slot, block in self._blocks.items():
             setattr(slots, str(slot), block.train(model.training))
+        first = self._blocks[
+            self.stub.index
+        ]  # it stands in the stub's place, and has to tell what would have been sent
+        told = first.register_forward_pre_hook(self._note_smashed)
         try:
             yield
         finally:
+            told.remove()
             for slot, block in before.items():
                 setattr(slots, str(slot), block)
+
+    def _note_smashed(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.stub.note_smashed(args[0])
 
     def _fetch(self) -> dict[int, nn.Module]:
         self.port.link.send(EmulatorRequest())

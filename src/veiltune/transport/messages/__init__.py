@@ -70,6 +70,7 @@ from veiltune.transport.messages.trunk import (
     TrunkPlan,
     TrunkShard,
 )
+from veiltune.transport.messages.veil import VeiledBackward, VeiledForward, VeiledGradient, VeiledOutput
 
 MESSAGES: dict[str, type[Message]] = {
     kind.__name__: kind
@@ -125,6 +126,10 @@ MESSAGES: dict[str, type[Message]] = {
         EmulatorRequest,
         EmulatorShard,
         PlugIn,
+        VeiledForward,
+        VeiledOutput,
+        VeiledBackward,
+        VeiledGradient,
     )
 }
 """Every message by the name of its kind."""
@@ -183,5 +188,9 @@ __all__ = [
     "TrunkOutput",
     "TrunkPlan",
     "TrunkShard",
+    "VeiledBackward",
+    "VeiledForward",
+    "VeiledGradient",
+    "VeiledOutput",
     "WeightShard",
 ]
