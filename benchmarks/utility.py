@@ -75,8 +75,8 @@ def _measured(task: str, design: str, setting: str, under: str, tables: dict[str
 def measure(quick: bool) -> list[Row]:
     """One tuning a setting and task; zero-shot is measured before the first step of `local`."""
     rows: list[Row] = []
-    for task in TASKS[:1] if quick else TASKS:
-        for design, setting, under, tables in SETTINGS:
+    for design, setting, under, tables in SETTINGS:
+        for task in TASKS[:1] if quick else TASKS:
             settings = {"task": task, "under": under, "tables": tables, "quick": quick, "steps": STEPS}
             rows += cell(
                 "utility",

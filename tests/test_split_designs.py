@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -573,6 +575,8 @@ def test_every_kind_of_emulator_is_built_once_and_tuned_against(
     kind: str, tmp_path: Path, text: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = tuned(cut_config("offsite", tmp_path / "exact", data=text, train={**TRAIN, "steps": 4}))["loss"]
+    own_cache = mock.patch.dict(os.environ, {"VEILTUNE_CACHE": str(tmp_path / "cache")})
+    monkeypatch.setattr(helpers, "own_cache", lambda: own_cache)
     events: list[str] = []
     emulator = {**({"compression": "none"} if "compression" not in KINDS[kind] else {}), **KINDS[kind]}
     config = helpers.make_config(
@@ -583,7 +587,7 @@ def test_every_kind_of_emulator_is_built_once_and_tuned_against(
     assert all(math.isfinite(loss) for loss in first.owner["history"]["loss"])
     assert first.owner["history"]["loss"] != exact, "it is not the trunk itself"
     assert ("emulating" in events) == (kind != "layerdrop"), "progress, but where nothing takes long"
-    built = emulator_files(tmp_path / "run")
+    built = emulator_files(tmp_path / "cache")
     assert built
 
     def again(*_: Any, **__: Any) -> Any:
@@ -592,17 +596,12 @@ def test_every_kind_of_emulator_is_built_once_and_tuned_against(
     monkeypatch.setattr(build, "_built", again)
     again_outcome = run(config, Job(verb="tune"), resume=True)
     assert again_outcome.owner["history"]["loss"] == first.owner["history"]["loss"]
-    assert emulator_files(tmp_path / "run") == built, "untouched"
+    assert emulator_files(tmp_path / "cache") == built, "untouched"
 
 
-def emulator_files(output: Path) -> dict[str, int]:
-    """What the provider keeps of its emulator, with the times it was written."""
-    directory = output / "parties" / "provider"
-    return {
-        str(path.relative_to(directory)): path.stat().st_mtime_ns
-        for path in directory.rglob("*")
-        if path.is_file() and "plug-in" not in path.parts and "plug-in" not in str(path)
-    }
+def emulator_files(cache: Path) -> dict[str, int]:
+    """What a provider has built, with the times it was written."""
+    return {str(path): path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
 
 
 def test_utility_is_measured_on_the_emulator_and_through_the_trunk(

@@ -146,7 +146,7 @@ def refusal(client: Client, *messages: Any) -> Refused:
     return answer
 
 
-# --- the handshake ------------------------------------------------------------------------------------------------------
+# --- the handshake ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_terms_are_what_both_must_have_and_nothing_else(
         require_agreement(asked, served)
 
 
-# --- a step ---------------------------------------------------------------------------------------------------------------
+# --- a step ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_server_computes_the_trunk_and_its_gradient(client: Client) -> None:
@@ -274,7 +274,7 @@ def test_a_backward_is_answered_once(client: Client) -> None:
     assert refused.hint == "send the forward again"
 
 
-# --- malformed, reordered, oversized --------------------------------------------------------------------------------------
+# --- malformed, reordered, oversized ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ticket", [1, 0, -3])
@@ -395,7 +395,7 @@ def test_a_result_that_has_no_place_in_the_model_is_not_plugged_in(
     made.close()
 
 
-# --- over a real socket -----------------------------------------------------------------------------------------------------
+# --- over a real socket ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -481,7 +481,7 @@ def test_an_owner_that_vanishes_leaves_nothing(tmp_path: Path) -> None:
     staying.close()
 
 
-# --- bounds -----------------------------------------------------------------------------------------------------------------
+# --- bounds ----------------------------------------------------------------------------------------------------------
 
 
 def bounded(tmp_path: Path, **server: Any) -> Provider:
@@ -578,7 +578,7 @@ def test_no_more_owners_than_allowed(tmp_path: Path) -> None:
         made.close()
 
 
-# --- isolation --------------------------------------------------------------------------------------------------------------
+# --- isolation -------------------------------------------------------------------------------------------------------
 
 
 def test_tickets_and_caches_of_one_session_mean_nothing_to_another(tmp_path: Path) -> None:
@@ -649,7 +649,7 @@ def test_four_owners_at_once_have_the_losses_that_each_has_alone(
     assert running.names().count("refused") == 0
 
 
-# --- a link that is lost --------------------------------------------------------------------------------------------------------
+# --- a link that is lost ---------------------------------------------------------------------------------------------
 
 
 class Flaky:
@@ -751,7 +751,7 @@ def test_an_owners_own_states_must_be_finite(client: Client) -> None:
     assert session_of(client).pending == {}
 
 
-# --- a service that comes and goes ------------------------------------------------------------------------------------------------
+# --- a service that comes and goes -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -90,9 +90,8 @@ def draw_tensor(name: str, shape: tuple[int, ...], hidden: int, gain_offset: flo
     """One float32 tensor, determined by its name and shape alone.
 
     Matrices: normal, standard deviation 0.02 as GPT-2's, but at least 0.5/√hidden, so that in narrow test models
-        attention is
-    not uniform and no part of the network is negligible. Gains: 1 ± 0.1, less the ``gain_offset`` that a norm adds itself. Biases: normal, 0.05, so that a forgotten
-    one shows.
+    attention is not uniform and no part of the network is negligible. Gains: 1 ± 0.1, less the ``gain_offset`` that a
+    norm adds itself. Biases: normal, 0.05, so that a forgotten one shows.
     """
     seed = hashlib.sha256(json.dumps([_FORMAT, name, list(shape)]).encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
