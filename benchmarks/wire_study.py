@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,7 +134,10 @@ class Cut:
         self.error: list[float] = []
         blocks = blocks_of(self.model, find_family(self.model.config))
         for index in CUTS:
-            blocks[index].register_forward_hook(lambda _m, _i, output, index=index: self._pass(index, output))
+            blocks[index].register_forward_hook(partial(self._hook, index))
+
+    def _hook(self, index: int, _module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        return self._pass(index, output)
 
     def _pass(self, index: int, output: Tensor) -> Tensor:
         states = output.flatten(0, 1)
@@ -198,7 +202,8 @@ def measure(quick: bool) -> list[Row]:
     every = schemes(cut.bases())
     for name, make in list(every.items())[:: 8 if quick else 1]:
         cut.scheme = {index: _apart(make(index)) for index in CUTS}
-        cut.bits, cut.error = [], []
+        cut.bits.clear()
+        cut.error.clear()
         loss = cut.loss(passages)
         rows.append(
             {

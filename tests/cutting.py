@@ -22,6 +22,7 @@ from veiltune.models.presets import random_config
 from veiltune.models.random_weights import byte_tokenizer, write_random_weights
 from veiltune.parties.owner import JOBS
 from veiltune.parties.party import Job, Party
+from veiltune.parties.split.owner import SplitOwner
 from veiltune.parties.split.plan import SplitPlan
 from veiltune.parties.split.provider import Provider
 from veiltune.session.launch import channel_options, start_processes
@@ -235,7 +236,7 @@ def own_here(
         owner.leave()
         return {**party.figures, "traffic": party.meter.snapshot()}
     finally:
-        for link in [*party.links.values(), *([] if owner is None else [owner.port.link])]:
+        for link in [*party.links.values(), *([owner.port.link] if isinstance(owner, SplitOwner) else [])]:
             link.close()
         party.control.close()
         for running in started:

@@ -19,6 +19,7 @@ import helpers
 from commands import PROMPT, Ran, outside, runner, write_config
 from veiltune.cli import main
 from veiltune.config import load_config
+from veiltune.designs import DESIGNS
 from veiltune.display import Display
 from veiltune.parties import Job
 from veiltune.results import read_result
@@ -190,15 +191,25 @@ def test_sampling_draws_anew_unless_told_the_seed(veiltune: Any, tmp_path: Path)
 
 def test_inspect_counts_without_making_weights(veiltune: Any) -> None:
     before = contents(helpers.scratch() / "cache")
-    found = veiltune("inspect", "random:gpt2-xl", "--json").json["designs"]
+    shown = veiltune("inspect", "random:gpt2-xl", "--json").json
+    found, sees = shown["designs"], shown["sees"]
     assert contents(helpers.scratch() / "cache") == before
-    assert set(found) == {"local", "obfuscatune compact", "obfuscatune paper"}
+    assert set(found) == {"local", "obfuscatune compact", "obfuscatune paper", "cut 2+2"}
+    assert set(sees) == set(DESIGNS)
     assert found["obfuscatune compact"]["param_share"] < 0.054, "the paper's figure for GPT2-XL"
     assert found["local"]["revealed_param_share"] == 1.0
     holders = {place["name"]: place["holder"] for place in found["obfuscatune compact"]["tensors"]}
     assert holders["transformer.wte.weight"] == "enclave"
     assert holders["transformer.h.0.attn.c_attn.weight"] == "host"
-    assert any(line.startswith("besides: Q, K and V") for line in found["obfuscatune paper"]["sees"]["host"])
+    assert any(line.startswith("besides: Q, K and V") for line in sees["obfuscatune"]["host"])
+    holders = {place["name"]: place["holder"] for place in found["cut 2+2"]["tensors"]}
+    assert [holders[f"transformer.h.{block}.attn.c_attn.weight"] for block in (1, 2, 45, 46)] == [
+        "owner",
+        "provider",
+        "provider",
+        "owner",
+    ]
+    assert 0.13 < found["cut 2+2"]["owner_share"] < 0.14
 
 
 def test_inspect_shows_people_where_everything_is(veiltune: Any) -> None:
@@ -238,7 +249,7 @@ def shown(*, terminal: bool, seconds_per_step: float) -> str:
     with Display(screen, "tuning M under D", clock=lambda: next(now)) as display:
         display("attested", {"enclave": "simulated"})
         display("training", {"examples": 9, "total_steps": 40})
-        display("border", {"bytes": 2_000_000, "messages": 3})
+        display("border", {"bytes": 2_000_000, "messages": 3, "border": "enclave's border"})
         for step in range(1, 41):
             display("step", {"step": step, "total_steps": 40, "loss": 1.5, "tokens_per_second": 20.0})
         display("text", {"text": "a secret answer"})

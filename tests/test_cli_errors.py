@@ -11,6 +11,7 @@ import pytest
 
 import helpers
 from commands import PROMPT, Ran, runner, write_config
+from veiltune.designs import DESIGNS
 from veiltune.models import memory
 
 
@@ -187,4 +188,4 @@ def test_a_prompt_that_cannot_be_answered(
 def test_with_json_an_error_is_one_object_too(veiltune: Any, tmp_path: Path) -> None:
     ran = veiltune("tune", str(write_config(tmp_path)), "--json", "--set", "design=nothing")
     assert_refused(ran, 2, error="design 'nothing'", hint="valid")
-    assert ran.json == {"error": "unknown design 'nothing'", "hint": "valid: local, obfuscatune"}
+    assert ran.json == {"error": "unknown design 'nothing'", "hint": f"valid: {', '.join(sorted(DESIGNS))}"}

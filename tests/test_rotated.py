@@ -426,7 +426,7 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     def gradients(*, checkpointing: bool) -> dict[str, Tensor]:
         both = pair(name)
         if checkpointing:
-            both.rotated.model.gradient_checkpointing_enable()
+            both.rotated.model.activation_checkpointing_enable()
         request = VeiledForward(1, 0, True, True, True, None, None, both.folding.stream.enter(states()))
         output = both.rotated.forward(request)
         both.rotated.backward(VeiledBackward(1, torch.ones_like(output)))

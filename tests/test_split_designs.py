@@ -22,7 +22,7 @@ from veiltune.designs import DESIGNS
 from veiltune.errors import ConfigError
 from veiltune.models.emulators import build
 from veiltune.parties.party import Job
-from veiltune.privacy.quantisation import WireCodec
+from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.session import PartyFailure
 from veiltune.transport.messages import Message, TrunkForward, TrunkOutput
 
@@ -337,7 +337,7 @@ def test_gradfrees_traffic_does_not_grow_with_epochs(tmp_path: Path, text: dict[
         outcome = run(config, "tune")
         assert outcome.owner["history"]["step"] == 3 * epochs
         found[epochs] = crossed(outcome.traffic)
-        codec = WireCodec.for_activations(DESIGNS["gradfree"].options().wire.model_copy(update=WIRE))
+        codec = WireCodec.for_activations(WireOptions(activation_bits=8).model_copy(update=WIRE))
         outputs = [m for _, m in transcripts(tmp_path / str(epochs), "owner") if isinstance(m, TrunkOutput)]
         rows = sum(codec.decode(output.hidden).shape[0] for output in outputs)
         assert rows == distinct_texts(text["train"]), "each distinct text once, validation included"
@@ -380,7 +380,7 @@ def test_a_sealed_cache_holds_nothing_that_can_be_read(tmp_path: Path, text: dic
             session={"record": ["owner"]},
         )
         losses = tuned(config)["loss"]
-        codec = WireCodec.for_activations(DESIGNS["gradfree"].options().wire.model_copy(update=WIRE))
+        codec = WireCodec.for_activations(WireOptions(activation_bits=8).model_copy(update=WIRE))
         outputs = [m for _, m in transcripts(output, "owner") if isinstance(m, TrunkOutput)]
         row = codec.decode(outputs[0].hidden)[0, 0].numpy().tobytes()
         files = {path: path.read_bytes() for path in (output / "parties" / "owner" / "trunk-outputs").iterdir()}
@@ -533,13 +533,13 @@ def test_the_plugged_in_model_is_that_of_split_inference(
     design: str, method: str, tmp_path: Path, text: dict[str, str]
 ) -> None:
     output = tmp_path / "run"
-    options = {"plug_in": True, "emulator": {"layers": 1}}
+    tables: dict[str, Any] = {design: {"plug_in": True, "emulator": {"layers": 1}}}
     config = cut_config(
         design,
         output,
         data=text,
         train={**TRAIN, "steps": 4, "learning_rate": 1e-2, "method": method},
-        **{design: options},
+        **tables,
     )
     assert "PlugIn" in run(config, "tune").traffic["owner->provider"]
     protected = probed(config, steps=0, resume=True)["logits"]

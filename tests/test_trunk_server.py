@@ -108,7 +108,7 @@ def forward(
 ) -> TrunkForward:
     if encoded is None:
         encoded = EXACTLY.encode(states() if hidden is None else hidden)
-    fields = {
+    fields: dict[str, Any] = {
         "cache_id": 0,
         "keep": True,
         "training": True,
@@ -233,7 +233,7 @@ def test_terms_are_what_both_must_have_and_nothing_else(
     design: str, changes: dict[str, Any], item: str | None, tmp_path: Path
 ) -> None:
     """Decorrelation is the owner's own affair and the server's bounds the provider's."""
-    ours, theirs = cut_config(design, tmp_path), cut_config(design, tmp_path, **{design: changes})
+    ours, theirs = cut_config(design, tmp_path), cut_config(design, tmp_path, None, **{design: changes})
     served = terms_of(ours, plan_of(ours), pins={"weights": "ab", "vocabulary": 3})
     asked = terms_of(theirs, plan_of(theirs), pins={})
     if item is None:

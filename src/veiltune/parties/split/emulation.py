@@ -13,7 +13,7 @@ from veiltune.data import load_examples
 from veiltune.examples import tokenize
 from veiltune.models.cache import cache_root
 from veiltune.models.checkpoint import Checkpoint
-from veiltune.models.cut import Cut, PassThrough, Trunk, owner_model, trunk_model
+from veiltune.models.cut import Cut, PassThrough, owner_model, trunk_model
 from veiltune.models.emulators.build import TrunkSource, build_emulator
 from veiltune.models.emulators.card import Emulator
 from veiltune.models.emulators.distil import Distillation, Runner, States, token_batches
@@ -22,6 +22,7 @@ from veiltune.models.families import find_family
 from veiltune.models.skeleton import assign_parameter, require_complete
 from veiltune.parties.party import Party
 from veiltune.parties.provider import read_group, shards
+from veiltune.parties.split.server import TrunkServer
 from veiltune.transport.channel import Channel
 from veiltune.transport.messages import EmulatorShard
 
@@ -36,17 +37,22 @@ class Emulation:
         checkpoint: its model.
         cut: the agreed one.
         options: which emulator.
-        trunk: gives the loaded trunk, for a distillation's teacher.
+        server: gives the trunk's server, for a distillation's teacher, which takes its turn.
     """
 
     def __init__(
-        self, party: Party, checkpoint: Checkpoint, cut: Cut, options: EmulatorOptions, trunk: Callable[[], Trunk]
+        self,
+        party: Party,
+        checkpoint: Checkpoint,
+        cut: Cut,
+        options: EmulatorOptions,
+        server: Callable[[], TrunkServer],
     ) -> None:
         self.party = party
         self.checkpoint = checkpoint
         self.cut = cut
         self.options = options
-        self._trunk = trunk
+        self._server = server
         self._lock = threading.Lock()
         self._built: Emulator | None = None
 
@@ -65,7 +71,7 @@ class Emulation:
     def _emulator(self) -> Emulator:
         with self._lock:
             if self._built is None:
-                dtype = next(self._trunk().model.parameters()).dtype
+                dtype = next(self._server().trunk.model.parameters()).dtype
                 names = {
                     n: s
                     for _, group in shards(self.checkpoint, find_family(self.checkpoint.config))
@@ -97,13 +103,14 @@ class Emulation:
     def _distillation(self) -> Distillation:
         """The trunk as teacher, and states that the bottom makes of public text."""
         config = self.checkpoint.config
-        family, trunk = find_family(config), self._trunk()
-        parameter = next(trunk.model.parameters())
+        family, server = find_family(config), self._server()
+        parameter = next(server.trunk.model.parameters())
         bottom = self._bottom(parameter.dtype, parameter.device)
         draw = token_batches(self.options, int(config.vocab_size), self._text())
 
         def teacher(hidden: Tensor, mask: Tensor | None) -> Tensor:
-            return trunk.forward(hidden, mask, None, None, training=False)
+            with server.lock:
+                return server.trunk.forward(hidden, mask, None, None, training=False)
 
         def student(blocks: dict[int, nn.Module]) -> Runner:
             model = trunk_model(config, self.cut)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veiltune.checkpoints import StateStore
 from veiltune.engine import Engine, ParameterBackend
-from veiltune.errors import ConfigError, PeerLostError, VeiltuneError
+from veiltune.errors import ConfigError, VeiltuneError
 from veiltune.examples import TokenizedExample
 from veiltune.models.cut import Cut, owner_model
 from veiltune.models.cut_accounting import cut_shares
@@ -27,7 +27,7 @@ from veiltune.parties.owner import Owner, tokenizer_from
 from veiltune.parties.party import Party
 from veiltune.parties.provider import receive_weights
 from veiltune.parties.split.plan import SplitPlan, terms_of
-from veiltune.parties.split.port import WirePort, expect
+from veiltune.parties.split.port import RefusedError, WirePort, expect
 from veiltune.parties.split.provider import Planner
 from veiltune.parties.split.tuners import SplitTuner, tuner_for
 from veiltune.parties.split.warm_up import warm_up
@@ -111,13 +111,15 @@ class SplitOwner(Owner):
         def reconnect() -> Channel:
             deadline = time.monotonic() + party.config.session.retry_seconds
             while True:
-                link = renew("provider")
+                link: Channel | None = None
                 try:
+                    link = renew("provider")
                     self._agree(party, link, with_layers=False)
                 except VeiltuneError as error:
-                    link.close()
-                    if not isinstance(error, PeerLostError) or time.monotonic() > deadline:
-                        raise  # else it went away again before it agreed
+                    if link is not None:
+                        link.close()
+                    if isinstance(error, RefusedError) or time.monotonic() > deadline:
+                        raise  # else it went away again before it agreed, or in the middle of proving itself
                     time.sleep(RETRY_SECONDS)
                 else:
                     return link

@@ -83,7 +83,7 @@ class Provider:
         """The builder of the emulator."""
         if self.plan.emulator is None:
             raise ProtocolError(f"{self.config.design} has no emulator")
-        return Emulation(self.party, self.checkpoint, self.cut, self.plan.emulator, lambda: self.server.trunk)
+        return Emulation(self.party, self.checkpoint, self.cut, self.plan.emulator, lambda: self.server)
 
     def terms(self) -> dict[str, Any]:
         """What this provider serves."""
