@@ -7,8 +7,8 @@ no figure here is comparable with a published one.
 - All layers tuned: `local`, `obfuscatune`, and naive (`obfuscatune` with Gaussian keys, every value rounded to bfloat16).
 - The owner's layers tuned, 2 first and 2 last of 30: `local` (the yardstick), `split`, `online` (int8 both ways, α = 1).
 - The top layers alone: `gradfree` with 8 bits, and with 32, which is local tuning of these layers; more and cheaper steps.
-- Against an emulator: `offsite` (20 of the trunk's 26 layers) and `offline` (those in 8 bits, decorrelated, int8 at inference), each
-  measured on the emulator and through the trunk (plug-in).
+- Against an emulator: `offsite` (20 of the trunk's 26 layers) and `offline` (those in 8 bits, decorrelated, int8 at inference),
+  each measured on the emulator and through the trunk (plug-in).
 """
 
 from __future__ import annotations

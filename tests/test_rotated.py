@@ -85,7 +85,9 @@ def check_linear_map(linear_map: LinearMap, dim: int) -> None:
 
 
 @given(
-    kind=st.sampled_from(["rotations", "turns", "units", "joined", "same"]), heads=st.integers(1, 5), half=st.integers(1, 4)
+    kind=st.sampled_from(["rotations", "turns", "units", "joined", "same"]),
+    heads=st.integers(1, 5),
+    half=st.integers(1, 4),
 )
 def test_inner_maps_do_what_their_matrix_does(kind: str, heads: int, half: int) -> None:
     inner, dim = made_map(kind, heads, half)
@@ -207,16 +209,19 @@ class Pair:
         return self.trunk.forward(hidden, mask, None, None, training=False)
 
     def rotated_output(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        request = VeiledForward(1, 0, torch.is_grad_enabled(), True, False, mask, None, self.folding.stream.enter(hidden))
+        request = VeiledForward(
+            1, 0, torch.is_grad_enabled(), True, False, mask, None, self.folding.stream.enter(hidden)
+        )
         return self.folding.stream.leave(self.rotated.forward(request))
 
 
 def factors_of(name: str, config: Any, cut: Cut, model: nn.Module) -> dict[str, Tensor]:
     """Both factors of each pair at random, so that both have effect and gradient."""
     family = find_family(config)
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for linear in adapted_linears(family, cut.num_layers, LORA, cut.trunk):
-        rows, columns = model.get_submodule(linear.path).weight.shape
+        layer: Any = model.get_submodule(linear.path)
+        rows, columns = layer.weight.shape
         shapes[linear.path] = (rows, columns) if family.weights_in_out else (columns, rows)
     factors = initial_factors(shapes, LORA, torch.float64)
     return {n: draw_tensor(n, tuple(v.shape), WIDTH).double() if n.endswith("B") else v for n, v in factors.items()}
@@ -229,7 +234,7 @@ def pair(
     config = config_of(name)
     family, where = find_family(config), Cut.of(config, *cut)
     tensors = {n: v for n, v in (tensors or plain_tensors(name)).items() if where.holds(family, n) == "trunk"}
-    plain = trunk_model(config, where)
+    plain: Any = trunk_model(config, where)
     for parameter, value in tensors.items():
         assign_parameter(plain, parameter, value.clone())
     factors = factors_of(name, config, where, plain)
@@ -246,6 +251,10 @@ def pair(
     rotated.load_factors(rotate_factors(factors if lora else zeroed(factors), folding))
     rotated.ready()
     return Pair(plain.eval(), Trunk(plain, config, where), rotated, folding, linears)
+
+
+def gradients_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: value.grad for name, value in parameters.items() if value.grad is not None}
 
 
 def zeroed(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -298,16 +307,18 @@ def test_gradients_of_states_and_factors_come_back_exactly(name: str) -> None:
         probe = probe - probe.mean(-1, keepdim=True)
     hidden = states().requires_grad_()
     both.plain_output(hidden).backward(probe)
-    expected = {n: p.grad for n, p in factor_parameters(both.plain, [linear.path for linear in both.linears]).items()}
+    expected = gradients_of(factor_parameters(both.plain, [linear.path for linear in both.linears]))
     both.rotated.forward(VeiledForward(1, 0, True, True, False, None, None, both.folding.stream.enter(states())))
     back = both.rotated.backward(VeiledBackward(1, both.folding.stream.key.mask_gradient(probe)))
-    found = unrotate_gradients({n: p.grad for n, p in both.rotated.parameters.items()}, both.folding)
+    raw = gradients_of(both.rotated.parameters)
+    found = unrotate_gradients(raw, both.folding)
+    assert back is not None
+    assert hidden.grad is not None
     entering = both.folding.stream.key.unmask_gradient(back)
     assert relative(without_mean(entering, both.folding), hidden.grad) < 1e-11
     assert found.keys() == expected.keys()
     for parameter, gradient in found.items():
         assert relative(gradient, expected[parameter]) < 1e-11, parameter
-    raw = {n: p.grad for n, p in both.rotated.parameters.items()}
     assert all(relative(raw[n], expected[n]) > 1e-2 for n in raw), "the host's gradients are the plain ones"
 
 
@@ -345,7 +356,9 @@ def test_a_step_on_the_host_stays_within_what_a_plain_adapter_can_say() -> None:
         else:
             assert torch.equal(parameter, stray[name])
     with torch.no_grad():
-        place_factors(both.plain, unrotate_factors({n: p.detach() for n, p in both.rotated.parameters.items()}, both.folding))
+        place_factors(
+            both.plain, unrotate_factors({n: p.detach() for n, p in both.rotated.parameters.items()}, both.folding)
+        )
         expected = without_mean(both.plain_output(states()), both.folding)
         assert relative(both.rotated_output(states()), expected) < 1e-10
 
@@ -371,7 +384,9 @@ def test_inner_states_are_the_true_ones_iff_inner_is_off(name: str) -> None:
             for local in segment.inputs:
                 path = f"{family.blocks}.1.{local}"
                 true = captured(both.plain, path, lambda both=both: both.plain_output(states())).flatten(0, -2)
-                seen = captured(both.rotated.model, path, lambda both=both: both.rotated_output(states())).flatten(0, -2)
+                seen = captured(both.rotated.model, path, lambda both=both: both.rotated_output(states())).flatten(
+                    0, -2
+                )
                 assert (relative(seen, true) < 1e-10) == (not inner), path
                 if inner:
                     linear = next(each for each in both.folding.linears.values() if each.path == path)
@@ -410,7 +425,8 @@ def test_the_hosts_weights_are_not_the_plain_ones(name: str) -> None:
 def test_a_sandwich_norm_gives_the_rotation_away_and_a_plain_norm_has_nothing_to_give() -> None:
     """The eigenvectors of R⁻¹·diag(g)·R are the rows of R, up to sign and order: stated in the design's reveals."""
     both = pair("gemma3", lora=False)
-    matrix: Tensor = both.rotated.model.get_submodule("model.layers.1.post_attention_layernorm").gain
+    norm: Any = both.rotated.model.get_submodule("model.layers.1.post_attention_layernorm")
+    matrix = norm.gain.detach()
     vectors = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.T
     alike = (vectors @ both.folding.stream.key.matrix().T).abs().amax(1)
     assert float(alike.min()) > 0.999
@@ -426,11 +442,12 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     def gradients(*, checkpointing: bool) -> dict[str, Tensor]:
         both = pair(name)
         if checkpointing:
-            both.rotated.model.activation_checkpointing_enable()
+            model: Any = both.rotated.model
+            model.activation_checkpointing_enable()
         request = VeiledForward(1, 0, True, True, True, None, None, both.folding.stream.enter(states()))
         output = both.rotated.forward(request)
         both.rotated.backward(VeiledBackward(1, torch.ones_like(output)))
-        return {n: p.grad for n, p in both.rotated.parameters.items()}
+        return gradients_of(both.rotated.parameters)
 
     plain, checkpointed = gradients(checkpointing=False), gradients(checkpointing=True)
     assert all(relative(checkpointed[n], plain[n]) < 1e-12 for n in plain)
@@ -469,7 +486,7 @@ def test_an_unknown_tensor_is_refused() -> None:
     ("name", "change"),
     [
         ("llama", {"model.layers.1.input_layernorm.weight": (5, 0.0)}),  # a dead channel
-        ("gpt2", {f"transformer.h.1.ln_1.bias": (slice(None), 0.0)}),  # the constant channel would be trained too
+        ("gpt2", {"transformer.h.1.ln_1.bias": (slice(None), 0.0)}),  # the constant channel would be trained too
     ],
 )  # fmt: skip
 def test_a_fold_that_cannot_be_undone_is_refused_if_it_must_be(name: str, change: dict[str, Any]) -> None:
@@ -499,4 +516,3 @@ def test_secret_maps_are_not_printed() -> None:
     for secret in (both.folding.stream, both.folding.writes, *both.folding.maps(both.linears[0])):
         assert "redacted" in repr(secret)
         assert "tensor" not in repr(secret)
-

@@ -134,13 +134,16 @@ def test_each_protection_changes_what_crosses_and_what_is_learnt(
     assert abs(seen["off"][0][-1] - seen["on"][0][-1]) < 0.2, "a protection, not a wreck"
 
 
-def test_decorrelation_is_recorded_and_lowers_the_correlation(tmp_path: Path, text: dict[str, str]) -> None:
-    """Against the same run with a term too weak to matter."""
+@pytest.mark.parametrize("design", ["online", "offline"])
+def test_decorrelation_is_recorded_and_lowers_the_correlation(
+    design: str, tmp_path: Path, text: dict[str, str]
+) -> None:
+    """Against the same run with a term too weak to matter; `offline` on its emulator, which stands where the stub stood."""
     means = {}
     for alpha in (1e-9, 20.0):
         config = cut_config(
-            "online", tmp_path / str(alpha), data=text, train={**TRAIN, "learning_rate": 1e-2},
-            online={"decorrelation": {"alpha": alpha}},
+            design, tmp_path / str(alpha), None, data=text, train={**TRAIN, "learning_rate": 1e-2},
+            **{design: {"decorrelation": {"alpha": alpha}}},
         )  # fmt: skip
         trace = run(config, "tune").owner["decorrelation"]
         assert len(trace) == STEPS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import struct
 import threading
@@ -31,7 +32,7 @@ from cutting import (
     serving,
 )
 from helpers import tuned, write_examples
-from veiltune.errors import FrameError, PeerLostError, ProtocolError, VeiltuneError
+from veiltune.errors import FrameError, ModelError, PeerLostError, ProtocolError, VeiltuneError
 from veiltune.parties.split import server as server_module
 from veiltune.parties.split.plan import SplitPlan, require_agreement, terms_of
 from veiltune.parties.split.port import RefusedError, WirePort, expect
@@ -39,7 +40,7 @@ from veiltune.parties.split.provider import Provider
 from veiltune.parties.split.server import TrunkServer, TrunkSession
 from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.session import PartyFailure
-from veiltune.session.service import parse_address, read_token
+from veiltune.session.service import Service, parse_address, read_token
 from veiltune.training import COMMIT
 from veiltune.transport.channel import memory_pair
 from veiltune.transport.messages import (
@@ -241,6 +242,35 @@ def test_terms_are_what_both_must_have_and_nothing_else(
         return
     with pytest.raises(ProtocolError, match=f"asks for {item} = "):
         require_agreement(asked, served)
+
+
+@pytest.mark.parametrize(("plug_in", "agrees"), [(True, False), (False, True)])
+def test_the_adapters_scale_is_agreed_on_where_the_provider_is_to_merge_it(
+    plug_in: bool, agrees: bool, tmp_path: Path
+) -> None:
+    table = {"plug_in": plug_in}
+    ours = cut_config("offsite", tmp_path, offsite=table, lora={"alpha": 8.0})
+    theirs = cut_config("offsite", tmp_path, offsite=table, lora={"alpha": 16.0})
+    served = terms_of(ours, plan_of(ours), pins={"weights": "ab", "vocabulary": 3})
+    asked = terms_of(theirs, plan_of(theirs), pins={})
+    if agrees:
+        require_agreement(asked, served)
+    else:
+        with pytest.raises(ProtocolError, match=r"asks for lora = .*16\.0.* serves .*8\.0"):
+            require_agreement(asked, served)
+
+
+def test_a_model_that_remembers_texts_is_not_served_to_many(tmp_path: Path) -> None:
+    """Rotary tables of the dynamic kind grow with the longest text of anybody."""
+    directory = tmp_path / "model"
+    shutil.copytree(deep_model(), directory)
+    values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    values["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (directory / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    config = cut_config("split", tmp_path / "run", str(directory), session={"token_file": str(tmp_path / "token")})
+    service = Service(config, "provider", ("127.0.0.1", 0), lambda *_: None)
+    with helpers.own_cache(), pytest.raises(ModelError, match="'dynamic'"):
+        service.run()
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from helpers import (
     run_probe,
     scratch,
     tensors_of,
+    texts_of,
     transcripts,
     tuned,
     worst,
@@ -45,7 +46,7 @@ from veiltune.models.rotated import compute_norms_in_float64
 from veiltune.parties.party import Job
 from veiltune.secrets import MasterSecret
 from veiltune.session import PartyFailure
-from veiltune.transport.messages import Message
+from veiltune.transport.messages import Message, VeiledForward
 
 LIMITS = {"float32": (1e-5, 1e-4), "float64": (1e-10, 1e-10)}
 """Of logits, and of gradients and factors."""
@@ -168,7 +169,9 @@ def tune_config(design: str, model: str, directory: Path, steps: int, **tables: 
     if not path.exists():
         write_examples(path, 16)
     train = {"steps": steps, "optimizer": "adamw", "learning_rate": 3e-3, "batch_size": 4}
-    return make_config(design, directory_of(model), directory / design, data={"train": str(path)}, train=train, **tables)
+    return make_config(
+        design, directory_of(model), directory / design, data={"train": str(path)}, train=train, **tables
+    )
 
 
 @pytest.mark.parametrize("model", ["gpt2", "qwen3"])
@@ -228,7 +231,9 @@ def test_a_run_resumes_where_it_was(optimizer_at: str, tmp_path: Path) -> None:
             run(config, "tune")
     resumed = tuned(config, resume=True)
     assert close_sequences(resumed["loss"][-3:], whole["loss"][-3:]) < 1e-6
-    enclaves, hosts = (sorted((tmp_path / "halves" / "veil" / "parties" / role).glob("step-*")) for role in ("enclave", "host"))
+    enclaves, hosts = (
+        sorted((tmp_path / "halves" / "veil" / "parties" / role).glob("step-*")) for role in ("enclave", "host")
+    )
     assert {path.suffix for path in enclaves} == {".sealed"}
     assert {path.suffix for path in hosts} == {".safetensors"}
 
@@ -317,7 +322,7 @@ def test_with_an_identity_key_and_plain_blocks_the_detector_finds_them(
 
 def test_no_byte_of_text_weight_or_key_is_among_what_the_host_has(tmp_path: Path) -> None:
     record("gpt2", tmp_path)
-    texts = [example.prompt for example in load_examples(str(tmp_path / "train.jsonl"))]
+    texts = texts_of(tmp_path / "train.jsonl")
     secret = MasterSecret.for_tests(11).reveal()
     needles = [*encodings(texts), *weight_bytes(plain_model("gpt2")), secret, secret.hex().encode()]
     paths = [*(tmp_path / "veil" / "transcript").glob("host*.vtt"), *(tmp_path / "veil" / "parties" / "host").iterdir()]
@@ -333,7 +338,7 @@ def test_equal_tokens_enter_as_equal_rows_only_without_a_block_in_the_enclave(tm
             "veil", "llama", tmp_path / str(layers), session={"record": ["host"]}, veil={"enclave_layers": layers}
         )
         run(config, Job(verb="probe", probe={"input_ids": [[7, 9, 7, 3, 7]], "steps": 1}))
-        messages = [m for _, m in transcripts(tmp_path / str(layers), "host") if type(m).__name__ == "VeiledForward"]
+        messages = [m for _, m in transcripts(tmp_path / str(layers), "host") if isinstance(m, VeiledForward)]
         rows = messages[0].hidden[0]
         assert bool(torch.allclose(rows[0], rows[4], atol=1e-5)) == is_codebook
         assert not torch.allclose(rows[0], rows[1], atol=1e-2)
@@ -390,7 +395,7 @@ def test_exactness_is_claimed_where_the_optimiser_is_in_the_enclave() -> None:
     assert design.is_exact(VeilOptions())
     assert not design.is_exact(VeilOptions(optimizer_at="host"))
     with pytest.raises(ValueError, match="enclave_layers"):
-        VeilOptions(enclave_layers=-1)
+        VeilOptions.model_validate({"enclave_layers": -1})
 
 
 def test_a_host_without_the_optimiser_refuses_to_step() -> None:

@@ -7,6 +7,7 @@ named as long as anything is shown.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -198,14 +199,16 @@ class ServiceLog:
     def __init__(self, screen: Console, *, as_json: bool) -> None:
         self.screen = screen
         self.as_json = as_json
+        self._writing = threading.Lock()
 
     def __call__(self, event: str, fields: Fields) -> None:
-        """Take one event."""
-        if self.as_json:
-            print(json.dumps({"event": event, **fields}), flush=True)  # noqa: T201 - asked for
+        """Take one event, of any session: each has a thread of its own, and a line must stay whole."""
         line = self._lines.get(event)
-        if line is not None:
-            self.screen.print(Text(time.strftime("%H:%M:%S ") + line.format(**fields)))
+        with self._writing:
+            if self.as_json:
+                print(json.dumps({"event": event, **fields}), flush=True)  # noqa: T201 - asked for
+            if line is not None:
+                self.screen.print(Text(time.strftime("%H:%M:%S ") + line.format(**fields)))
 
     _lines: ClassVar[Mapping[str, str]] = {
         "ready": "loaded: {trunk_layers} layers of the trunk",

@@ -1,14 +1,15 @@
 """`veil`: the host runs the whole trunk, natively, in a rotated basis; the enclave is crossed twice a pass.
 
-*Reference.* DESIGN of this project; the invariance is that of SliceGPT (arXiv 2401.15024) and QuaRot (arXiv 2404.00456), which use it
-for compression. The mathematics is in `models.rotated`: `rotation` (the stream), `inner` (Q, K, V and MLP), `folding`, `factors`.
+*Reference.* The invariance is that of SliceGPT (arXiv 2401.15024) and QuaRot (arXiv 2404.00456), which use it for compression.
+The mathematics is in `models.rotated`: `rotation` (the stream), `inner` (Q, K, V and MLP), `folding`, `factors`.
 
 *Reveals.* See ``VEIL.reveals``. Less than `obfuscatune` by Q, K, V and MLP states, with ``inner``; more by one thing: it is one
-rotation for the whole trunk, so whoever learns it has all of it. In models with norms on branches' outputs (Gemma 3) the host can
-learn it: the matrix that stands for such a norm's gain has the rotation's rows for eigenvectors.
+rotation for the whole trunk, so whoever learns it has all of it. In models with norms on branches' outputs (Gemma 3) the
+host can learn it, up to signs and order: the matrix that stands for such a norm's gain has its rows for eigenvectors.
 
-*Bound.* Equal to `local` up to c·κ·eps (`privacy.bounds`), κ = 1, with ``optimizer_at = "enclave"``. With the optimiser on the host
-the forward pass and gradients are equal, the steps are not: folded gains and secret scales change what a step in single entries is.
+*Bound.* Equal to `local` up to c·κ·eps (`privacy.bounds`), κ = 1, with ``optimizer_at = "enclave"``. With the optimiser on
+the host the forward pass and gradients are equal, the steps are not: folded gains and secret scales change what a step in
+single entries is.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ HOST_REVEALS = {
         "the architecture, which blocks are the trunk, the adapter's shape and the place of the optimiser", "public"
     ),
     "TrunkShard": Reveal(
-        "the trunk's linears, each under the rotation of the stream on one side and secret maps of heads or hidden units on the "
-        "other (with inner = false that side is plain); their singular values where the map is orthogonal; R⁻¹·diag(g)·R of norms on "
-        "branches' outputs, whose eigenvectors are the rotation's rows; QK-norm gains times secret factors; the image of the "
-        "all-ones vector in LayerNorm models",
+        "the trunk's linears, each under the rotation of the stream on one side and secret maps of heads or hidden units "
+        "on the other (with inner = false that side is plain); their singular values where the map is orthogonal; "
+        "R⁻¹·diag(g)·R of norms on branches' outputs, whose eigenvectors are the rotation's rows; QK-norm gains times "
+        "secret factors; the image of the all-ones vector in LayerNorm models",
         "masked",
     ),
     "Factors": Reveal("the trunk's LoRA factors, in the bases of the linears they belong to", "masked"),
     "FactorsRequest": Reveal("that the factors are asked for", "control"),
     "FactorGradientsRequest": Reveal("that the factors' gradients are asked for", "control"),
     "VeiledForward": Reveal(
-        "x·R of the states that enter the trunk, whose norms and inner products are those of the (centred) states; the padding, "
-        "so the lengths of texts; with enclave_layers = 0 equal tokens at equal positions as equal rows, and with rotary positions "
-        "wherever they stand",
+        "x·R of the states that enter the trunk, whose norms and inner products are those of the (centred) states; the "
+        "padding, so the lengths of texts; with enclave_layers = 0 equal tokens at equal positions as equal rows, and with "
+        "rotary positions wherever they stand",
         "masked",
     ),
     "VeiledBackward": Reveal("dx·R of the gradient at the trunk's output, with its norms and inner products", "masked"),
@@ -95,8 +96,10 @@ VEIL = Design(
         "host": (
             "rotated states of every block, with their norms and inner products",
             "attention scores and probabilities",
-            "V up to a rotation of each head; Q and K up to rotations (learned positions), or up to what commutes with rotary "
-            "positions: phases and paired scales; with QK-norm up to signs and the order of heads",
+            (
+                "V up to a rotation of each head; Q and K up to rotations (learned positions), or up to what commutes with "
+                "rotary positions: phases and paired scales; with QK-norm up to signs and the order of heads"
+            ),
             "MLP states up to their order, and scales where the activation allows them",
             "with inner = false: Q, K, V and MLP states as they are",
             "with norms on branches' outputs: the rotation itself, up to signs, order, and channels of equal gain",
@@ -105,8 +108,8 @@ VEIL = Design(
         )
     },
     exactness=(
-        "equal to local up to c·κ·eps with κ = 1, if the optimiser is in the enclave; dropouts of the trunk's states are refused, "
-        "or act in the rotated basis"
+        "equal to local up to c·κ·eps with κ = 1, if the optimiser is in the enclave; dropouts of the trunk's states are "
+        "refused, or act in the rotated basis"
     ),
     is_exact=_exact,
 )

@@ -1,4 +1,4 @@
-"""The LoRA factors of `veil`, as the enclave's training engine sees them: the trunk's on the host, rotated; its own here, plain."""
+"""The LoRA factors of `veil`, as the enclave's training engine sees them: the trunk's on the host; its own here."""
 
 from __future__ import annotations
 

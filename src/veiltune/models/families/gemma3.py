@@ -11,7 +11,9 @@ def _refuses(config: Any) -> str | None:
     if config.use_bidirectional_attention:
         return "its attention looks both ways (it is an encoder)"
     if config.attn_logit_softcapping is not None:
-        return f"its attention scores are soft-capped at {config.attn_logit_softcapping}, which fused attention leaves out"
+        return (
+            f"its attention scores are soft-capped at {config.attn_logit_softcapping}, which fused attention leaves out"
+        )
     if config.final_logit_softcapping is not None:
         return f"its logits are soft-capped at {config.final_logit_softcapping}, which the loss here leaves out"
     return None

@@ -16,8 +16,6 @@ LLAMA = Family(
         exposed=("self_attn.q_norm", "self_attn.k_norm"),
         norm="input_layernorm",
     ),
-    mlp=Segment(
-        "mlp", "mlp", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", norm="post_attention_layernorm"
-    ),
+    mlp=Segment("mlp", "mlp", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", norm="post_attention_layernorm"),
     final_norm="norm",
 )

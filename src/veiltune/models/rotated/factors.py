@@ -9,7 +9,7 @@ has along 1 is lost with M, and has no effect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -38,9 +38,6 @@ def unrotate_gradients(gradients: Mapping[str, Tensor], folding: Folding) -> dic
     return _mapped(gradients, folding, "pull_back")
 
 
-_KEY_LAST = {"apply": ("fold", "turn"), "undo": ("unfold", "turn_undone"), "pull_back": ("fold_back", "turn_back")}
-
-
 def _mapped(tensors: Mapping[str, Tensor], folding: Folding, direction: Direction) -> dict[str, Tensor]:
     """Every factor through its map; those at the border share one product with the key for each side."""
     out: dict[str, Tensor] = {}
@@ -50,26 +47,30 @@ def _mapped(tensors: Mapping[str, Tensor], folding: Folding, direction: Directio
         if isinstance(linear_map, BorderMap):
             border.setdefault(type(linear_map).__name__, []).append((name, linear_map))
         else:
-            out[name] = _oriented(name, getattr(linear_map, direction)(_oriented(name, value)))
+            out[name] = _oriented(name, _one(linear_map, direction, _oriented(name, value)))
     for members in border.values():
         rows = [_oriented(name, tensors[name]) for name, _ in members]
-        own, shared = (lambda m, r, a=attribute: getattr(m, a)(r) for attribute in _KEY_LAST[direction])
-        mapped = _through(rows, members, own, shared, key_first=direction != "apply")
+        mapped = _through(rows, [each for _, each in members], direction)
         out |= {name: _oriented(name, value) for (name, _), value in zip(members, mapped, strict=True)}
     return {name: out[name].contiguous() for name in tensors}
 
 
-RowsMap = Callable[[BorderMap, Tensor], Tensor]
+def _one(linear_map: LinearMap, direction: Direction, rows: Tensor) -> Tensor:
+    steps = {"apply": linear_map.apply, "undo": linear_map.undo, "pull_back": linear_map.pull_back}
+    return steps[direction](rows)
 
 
-def _through(
-    rows: list[Tensor], members: list[tuple[str, BorderMap]], own: RowsMap, shared: RowsMap, *, key_first: bool
-) -> list[Tensor]:
-    maps = [each for _, each in members]
-    if not key_first:
-        rows = [own(each, part) for each, part in zip(maps, rows, strict=True)]
-    turned = shared(maps[0], torch.cat(rows)).split([len(part) for part in rows])
-    return [own(each, part) for each, part in zip(maps, turned, strict=True)] if key_first else list(turned)
+def _through(rows: list[Tensor], maps: list[BorderMap], direction: Direction) -> list[Tensor]:
+    """Rows through maps of one kind, with one product with the key for all: after each one's own part, or before it."""
+    sizes, first = [len(part) for part in rows], maps[0]
+    if direction == "apply":
+        folded = torch.cat([each.fold(part) for each, part in zip(maps, rows, strict=True)])
+        return list(first.turn(folded).split(sizes))
+    turned = (first.turn_undone if direction == "undo" else first.turn_back)(torch.cat(rows)).split(sizes)
+    return [
+        each.unfold(part) if direction == "undo" else each.fold_back(part)
+        for each, part in zip(maps, turned, strict=True)
+    ]
 
 
 def _map_of(name: str, folding: Folding) -> LinearMap:

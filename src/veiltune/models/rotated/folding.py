@@ -1,7 +1,7 @@
 """Folding: a trunk's plain tensors, as they come, into those of the rotated trunk that the host runs.
 
-One tensor at a time, in float64, then in the dtype it came in. A block's norms come before its linears (`parties.provider.shards`),
-as their gains and biases go into what reads them.
+One tensor at a time, in float64, then in the dtype it came in. A block's norms come before its linears, as their gains and biases
+go into what reads them (`parties.provider.shards` sends them so).
 """
 
 from __future__ import annotations

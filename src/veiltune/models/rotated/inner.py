@@ -1,7 +1,7 @@
 """Inside a block: secret maps of Q, K, V and the MLP's hidden units that leave what the block computes as it is.
 
-*Reference.* QuaRot and SpinQuant (arXiv 2405.16406) rotate V and the output's input for quantisation; ours are secret, and Q and K
-are turned too, as far as what acts on them allows.
+*Reference.* QuaRot and SpinQuant (arXiv 2405.16406) rotate V and the output's input for quantisation; ours are secret, and Q
+and K are turned too, as far as what acts on them allows.
 
 *Symbols.* Per head, rows q, k, v of width w; a group is the query heads that share a key-value head.
 
@@ -107,9 +107,7 @@ def draw_inner_maps(family: Family, geometry: Geometry, secret: MasterSecret, bl
     label = f"block{block}/inner"
     kv_order, q_order = _orders(geometry, secret, label)
     q, k, gains = _scores(geometry, secret, label, kv_order, q_order)
-    rotations = torch.stack(
-        [_haar(secret, f"{label}/v{head}", geometry.width) for head in range(geometry.kv_heads)]
-    )
+    rotations = torch.stack([_haar(secret, f"{label}/v{head}", geometry.width) for head in range(geometry.kv_heads)])
     group = geometry.heads // geometry.kv_heads
     values = HeadRotations(kv_order, rotations)
     attended = HeadRotations(q_order, rotations.repeat_interleave(group, 0))
@@ -124,7 +122,7 @@ def draw_inner_maps(family: Family, geometry: Geometry, secret: MasterSecret, bl
     if len(mlp.inputs) == 2:  # gate, whose activation allows no scale, then up
         outputs[mlp.inputs[0]] = ScaledOrder(units[0], torch.ones(geometry.units, dtype=torch.float64))
     outputs[mlp.inputs[-1]] = ScaledOrder(*units)
-    inputs = {attention.output: attended.dual(), mlp.output: ScaledOrder(*units).dual()}
+    inputs: dict[str, InnerMap] = {attention.output: attended.dual(), mlp.output: ScaledOrder(*units).dual()}
     return InnerMaps(outputs, inputs, dict(zip(attention.exposed, gains, strict=False)))
 
 
@@ -132,9 +130,7 @@ def _orders(geometry: Geometry, secret: MasterSecret, label: str) -> tuple[Tenso
     """The order of key-value heads, and that of query heads which follows it group by group."""
     kv_order = secret.permutation(f"{label}/heads", geometry.kv_heads)
     group = geometry.heads // geometry.kv_heads
-    within = [
-        old * group + secret.permutation(f"{label}/group{old}", group) for old in kv_order.tolist()
-    ]
+    within = [old * group + secret.permutation(f"{label}/group{old}", group) for old in kv_order.tolist()]
     return kv_order, torch.cat(within)
 
 

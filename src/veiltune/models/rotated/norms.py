@@ -67,7 +67,9 @@ class GainNorm(nn.Module):
 
 
 def _frozen(like: Tensor | None, *shape: int) -> nn.Parameter:
-    value = torch.empty(shape, device="meta") if like is None else torch.empty(shape, dtype=like.dtype, device=like.device)
+    value = (
+        torch.empty(shape, device="meta") if like is None else torch.empty(shape, dtype=like.dtype, device=like.device)
+    )
     return nn.Parameter(value, requires_grad=False)
 
 

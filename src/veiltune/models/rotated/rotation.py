@@ -17,6 +17,7 @@ constant channel (below), which lets LoRA read a folded LayerNorm exactly, is ou
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import final
 
 import torch
@@ -74,29 +75,29 @@ class BorderMap(LinearMap):
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
+    @abstractmethod
     def fold(self, rows: Rows) -> Rows:
         """The part before the key, on the way in."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unfold(self, rows: Rows) -> Rows:
         """The inverse of `fold`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fold_back(self, rows: Rows) -> Rows:
         """The transpose of `fold`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def turn(self, rows: Rows) -> Rows:
         """The key's part of `apply`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def turn_undone(self, rows: Rows) -> Rows:
         """The key's part of `undo`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def turn_back(self, rows: Rows) -> Rows:
         """The key's part of `pull_back`."""
-        raise NotImplementedError
 
     def apply(self, rows: Rows) -> Rows:
         """See `LinearMap.apply`."""
@@ -172,7 +173,9 @@ class Reads(BorderMap):
     def condition_number(self) -> float:
         """κ(T), by power iteration, from slightly below; ∞ if T cannot be undone. How much `unfold` can enlarge an error."""
         smallest = float(self._gain.abs().min())
-        if smallest == 0 or (self._bias is None and self.stream.is_centred):  # the constant channel would be trained too
+        if smallest == 0 or (
+            self._bias is None and self.stream.is_centred
+        ):  # the constant channel would be trained too
             return float("inf")
         if self._bias is None:
             return float(self._gain.abs().max()) / smallest

@@ -1,7 +1,7 @@
 """The enclave's way to the rotated trunk: one module in the first trunk slot that masks, crosses and unmasks.
 
-*Reference.* `models.trunk_stub`, whose cut, masks, positions and cache numbers these are; what is ours is the change of basis, and
-that a backward crossing follows even where nothing below the cut is trained, since the trunk's adapters are.
+The cut, masks, positions and cache numbers are those of `models.trunk_stub`. What is added is the change of basis, and that a
+backward crossing follows even where nothing below the cut is trained, since the trunk's adapters are.
 
 *Reveals.* To the host: rotated states and gradients, padding, and positions that do not simply count.
 """
@@ -71,7 +71,9 @@ class VeilPort:
         answer = self.channel.recv_as(VeiledGradient)
         self.wait_seconds += time.perf_counter() - start
         if answer.ticket != ticket or answer.gradient.shape != gradient.shape:
-            raise ProtocolError(f"the host answered {answer.ticket}, {tuple(answer.gradient.shape)} to backward {ticket}")
+            raise ProtocolError(
+                f"the host answered {answer.ticket}, {tuple(answer.gradient.shape)} to backward {ticket}"
+            )
         return answer.gradient
 
     def forget(self) -> None:
@@ -115,7 +117,9 @@ class VeilStub(TrunkStub):
         masked = self._round(self._stream.enter(hidden_states))
         self._wants_input = torch.is_grad_enabled() and masked.requires_grad
         if torch.is_grad_enabled() and not masked.requires_grad:
-            masked = masked.detach().requires_grad_()  # the crossing is a node of the graph for the trunk's adapters' sake
+            masked = (
+                masked.detach().requires_grad_()
+            )  # the crossing is a node of the graph for the trunk's adapters' sake
         output = super().forward(masked, *args, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
         return self._round(self._stream.leave(output))
 

@@ -1,7 +1,7 @@
 """The host's trunk: an ordinary `transformers` module in the rotated basis, with PEFT's LoRA layers around its linears.
 
-It is the half that `models.cut` builds, with other norms. Attention, KV cache, rotary embedding and masks are `transformers`' own.
-The host knows the architecture, never a key.
+It is the half that `models.cut` builds, with other norms. Attention, KV cache, rotary embedding and masks are `transformers`'
+own. The host knows the architecture, never a key.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from veiltune.transport.messages import VeiledBackward, VeiledForward
 
 
 def rotated_model(config: Any, cut: Cut) -> nn.Module:
-    """A `trunk_model` with the norms of the rotated basis, on the meta device. Norms' tensors have other names than in the plain
-    model: ``constant`` of a LayerNorm with bias, ``gain`` of a norm on a branch's output or on Q and K, else none.
+    """A `trunk_model` with the norms of the rotated basis, on the meta device.
+
+    Norms' tensors have other names than in the plain model: ``constant`` of a LayerNorm with bias, ``gain`` of a norm on a
+    branch's output or on Q and K, else none.
     """
     family = find_family(config)
     model = trunk_model(config, cut)
@@ -69,7 +71,8 @@ class RotatedTrunk:
         self.adapted = [linear.path for linear in linears]
         self._writers = {linear.path for linear in linears if linear.side == "output"}
         if linears:
-            self.model._tied_weights_keys = []  # PEFT would look for the embedding, which is not here
+            model: Any = self.model
+            model._tied_weights_keys = []  # PEFT would look for the embedding, which is not here
             inject_adapters(self.model, lora, self.family, cut.num_layers, paths=self.adapted)
         self.trunk = Trunk(self.model, config, cut)
         self._caches: dict[int, Any] = {}

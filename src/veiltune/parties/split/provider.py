@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
 
-from veiltune.errors import PeerLostError, ProtocolError, VeiltuneError
+from veiltune.errors import ModelError, PeerLostError, ProtocolError, VeiltuneError
 from veiltune.models.checkpoint import Checkpoint
 from veiltune.models.cut import Cut, Trunk, trunk_model
 from veiltune.models.families import find_family
@@ -172,5 +172,17 @@ def open_trunk(party: Party, planner: Planner) -> Callable[[Channel], None]:
         ConfigError: the cut does not fit the model.
     """
     provider = Provider(party, planner(party.options))
+    _require_stateless(provider.model_config, party.config.model)
     party.report("ready", {"trunk_layers": len(provider.server.cut.trunk)})
     return provider.serve
+
+
+def _require_stateless(model_config: Any, source: str) -> None:
+    """Refuse models whose rotary tables grow with the longest text seen: one owner's text would change another's results."""
+    rotary = getattr(model_config, "rope_parameters", None) or getattr(model_config, "rope_scaling", None) or {}
+    kind = rotary.get("rope_type", rotary.get("type"))
+    if kind in {"dynamic", "longrope"}:
+        raise ModelError(
+            f"{source!r} has rotary embeddings of type {kind!r}, which remember the longest text of any owner",
+            hint="serve it to one owner at a time: leave session.connect out",
+        )

@@ -13,9 +13,9 @@ from veiltune.transport.messages.base import Message
 class VeiledForward(Message):
     """Run the trunk on rotated states (batch, seq, d).
 
-    ``ticket`` rises by message. ``cache_id`` is 0 where there is no KV cache. ``keep``: a backward follows, which is answered with
-    the input's gradient if ``input_gradient``, else not at all. The mask is (batch, past + seq), absent if all ones; position ids
-    are absent where they simply count.
+    ``ticket`` rises by message. ``cache_id`` is 0 where there is no KV cache. ``keep``: a backward follows, which is answered
+    with the input's gradient if ``input_gradient``, else not at all. The mask is (batch, past + seq), absent if all ones;
+    position ids are absent where they simply count.
     """
 
     ticket: int
