@@ -45,6 +45,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "compact-host": ("obfuscatune", {"placement": "compact", "optimizer_at": "host"}),
     "paper-enclave": ("obfuscatune", {"placement": "paper", "optimizer_at": "enclave"}),
     "paper-host": ("obfuscatune", {"placement": "paper", "optimizer_at": "host"}),
+    "veil": ("veil", {}),
+    "veil-bare": ("veil", {"enclave_layers": 0, "inner": False}),
     "split": ("split", {}),
     "split-recomputing": ("split", {"server": {"activations": "recompute"}}),
     "online": ("online", {"wire": WIRE, "decorrelation": {"alpha": 0.0}}),

@@ -241,7 +241,7 @@ def pair(
     compute_norms_in_float64(plain, family)
     linears = adapted_linears(family, where.num_layers, LORA, where.trunk)
     if lora:
-        plain._tied_weights_keys = []
+        plain._tied_weights_keys = None
         inject_adapters(plain, LORA, family, where.num_layers, paths=[linear.path for linear in linears])
         place_factors(plain, factors)
     key = make_key(kind, WIDTH, SECRET, "stream")

@@ -24,6 +24,8 @@ from veiltune.results import read_result
 KAPPA = 300.0
 CONDITIONED = ("obfuscatune.matrix=conditioned", f"obfuscatune.condition_number={KAPPA}")
 GAUSSIAN = ("obfuscatune.matrix=gaussian",)
+DEEP = "random:llama:4,32,4,259"
+CUT = ("cut.bottom_layers=1", "cut.top_layers=1")
 
 
 @pytest.fixture
@@ -124,6 +126,31 @@ def test_the_gaussian_key_fails_the_orthogonal_bound(model: str) -> None:
         found.require()
     assert raised.value.exit_code == 5
     assert "logits" in found.result.exactness.exceeded()
+
+
+@pytest.mark.parametrize(
+    ("design", "options"),
+    [
+        ("split", ()),
+        ("online", ("online.wire.activation_bits=32", "online.wire.gradient_bits=32", "online.decorrelation.alpha=0")),
+        ("gradfree", ("gradfree.wire.activation_bits=32",)),
+    ],
+)
+def test_designs_that_cut_the_model_pass_where_they_claim_to_be_exact(design: str, options: tuple[str, ...]) -> None:
+    """Against `local` with the same layers trained: other tensors in the adapter would be an error without bound."""
+    found = checked(DEEP, *CUT, *options, design=design)
+    found.require()
+    assert found.greedy_equal
+    assert not found.result.simulated_enclave
+
+
+@pytest.mark.parametrize("design", ["online", "gradfree", "offsite", "offline"])
+def test_an_approximate_design_fails_and_the_hint_says_that_it_claims_no_more(design: str) -> None:
+    found = checked(DEEP, *CUT, design=design)
+    assert found.failures
+    with pytest.raises(ExactnessError) as raised:
+        found.require()
+    assert f"{design} does not claim to be: approximate" in str(raised.value.hint)
 
 
 def test_a_conditioned_key_keeps_to_its_own_bound_and_not_to_the_orthogonal_one() -> None:

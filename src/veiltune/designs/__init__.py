@@ -8,9 +8,10 @@ from veiltune.designs.offline import OFFLINE
 from veiltune.designs.offsite import OFFSITE
 from veiltune.designs.online import ONLINE
 from veiltune.designs.split import SPLIT
+from veiltune.designs.veil import VEIL
 
 DESIGNS: dict[str, Design] = {
-    design.name: design for design in (LOCAL, OBFUSCATUNE, SPLIT, ONLINE, GRADFREE, OFFSITE, OFFLINE)
+    design.name: design for design in (LOCAL, OBFUSCATUNE, VEIL, SPLIT, ONLINE, GRADFREE, OFFSITE, OFFLINE)
 }
 
 __all__ = ["DESIGNS", "Design"]

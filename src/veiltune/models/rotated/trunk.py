@@ -18,6 +18,7 @@ from veiltune.models.adapters import adapted_linears, factor_parameters, inject_
 from veiltune.models.cut import Cut, Trunk, trunk_model
 from veiltune.models.families import find_family
 from veiltune.models.family import Family
+from veiltune.models.fused_lora import fuse_lora
 from veiltune.models.precision import round_between_operations
 from veiltune.models.rotated.folding import trunk_norms
 from veiltune.models.rotated.norms import GainNorm, SandwichNorm, StreamNorm, epsilon, is_rms_norm
@@ -72,7 +73,7 @@ class RotatedTrunk:
         self._writers = {linear.path for linear in linears if linear.side == "output"}
         if linears:
             model: Any = self.model
-            model._tied_weights_keys = []  # PEFT would look for the embedding, which is not here
+            model._tied_weights_keys = None  # PEFT would look for the embedding, which is not here
             inject_adapters(self.model, lora, self.family, cut.num_layers, paths=self.adapted)
         self.trunk = Trunk(self.model, config, cut)
         self._caches: dict[int, Any] = {}
@@ -95,7 +96,11 @@ class RotatedTrunk:
         require_complete(self.model)
         self.model.eval()
         if self.rounded:
-            round_between_operations(self.model)
+            round_between_operations(self.model)  # at the leaf modules, which fused layers would skip
+            return
+        for index in self.trunk.cut.trunk:
+            for segment in self.family.segments:
+                fuse_lora(blocks_of(self.model, self.family)[index], (segment.inputs, (segment.output,)))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

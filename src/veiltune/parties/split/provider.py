@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
@@ -131,10 +132,14 @@ class Provider:
         if isinstance(message, PlugIn):
             if not self.plan.plug_in:
                 raise ProtocolError("it was agreed that the owner keeps what it trained")
-            with self._loading:  # one at a time: they all write to one place
-                plug_in(self.party.directory / "plug-in", self.checkpoint, self.config, message)
+            with self._loading:  # one whole model in memory at a time
+                plug_in(self.party.directory / self._plug_in_name(session), self.checkpoint, self.config, message)
             return Acknowledged()
         return session.handle(message)
+
+    def _plug_in_name(self, session: TrunkSession) -> str:
+        """One place where there is one owner; among many, one each."""
+        return "plug-in" if self.party.links else f"plug-in-{time.strftime('%Y%m%d-%H%M%S')}-{session.name}"
 
     def _hand_over(self, link: Channel) -> None:
         """Card, tokenizer, and the owner's share of the weights."""
