@@ -138,7 +138,7 @@ def test_the_baseline_is_a_table_of_locals(design: Design) -> None:
 @designs
 def test_options_are_a_section_with_defaults_and_refuse_unknown_keys(design: Design) -> None:
     assert issubclass(design.options, Section)
-    assert design.is_exact(design.options()) is (design.name in {"local", "obfuscatune", "split"})
+    assert design.is_exact(design.options()) is (design.name in {"local", "obfuscatune", "split", "veil"})
     with pytest.raises(ValueError, match="Extra inputs"):
         design.options.model_validate({"no_such_option": 1})
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from veiltune import __version__
 from veiltune.errors import UserError
 
-VERBS = ("demo", "tune", "generate", "verify", "inspect", "party")
+VERBS = ("demo", "tune", "generate", "verify", "inspect", "attack", "party")
 MODEL_HELP = "hub id, directory, GGUF file, package:DISTRIBUTION or random:FAMILY[:layers,hidden,heads,vocab]"
 CONFIG_HELP = "a TOML file, or a run's output directory (its config.json)"
 
@@ -41,6 +41,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_generate(verbs, commands["generate"])
     _add_verify(verbs, commands["verify"])
     _add_inspect(verbs, commands["inspect"])
+    _add_attack(verbs, commands["attack"])
     _add_party(verbs, commands["party"])
     return parser
 
@@ -97,6 +98,21 @@ def _add_inspect(verbs: Any, run: Command) -> None:
     inspect = _add(verbs, "inspect", run, "how each design would cut a model, and who sees what")
     inspect.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     inspect.add_argument("--placement", choices=("compact", "paper"), help="of obfuscatune (default: both)")
+
+
+def _add_attack(verbs: Any, run: Command) -> None:
+    attack = _add(verbs, "attack", run, "attack what one observer saw of a recorded run; with controls, into result.json")
+    attack.add_argument("attacked", metavar="RUN", type=Path, help="output directory of a run with session.record")
+    attack.add_argument("--attack", required=True, metavar="NAME", help="see the documentation; an unknown name lists them")
+    attack.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the attack")
+    attack.add_argument(
+        "--at", choices=("first", "last"), default="first", help="texts that crossed first, or last, when layers were tuned"
+    )
+    attack.add_argument(
+        "--limit", type=_integer(2), default=8, metavar="N", help="sequences to reconstruct (default: %(default)s)"
+    )
+    attack.add_argument("--corpus", metavar="DATA", help="public text for learned attacks (default: a packaged task)")
+    attack.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="default: %(default)s")
 
 
 def _add_party(verbs: Any, run: Command) -> None:

@@ -64,7 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     parser = build_parser(
-        {"demo": _demo, "tune": _tune, "generate": _generate, "verify": _verify, "inspect": _inspect, "party": _party}
+        {
+            "demo": _demo,
+            "tune": _tune,
+            "generate": _generate,
+            "verify": _verify,
+            "inspect": _inspect,
+            "attack": _attack,
+            "party": _party,
+        }
     )
     verb = next((each for each in arguments if not each.startswith("-")), None)
     if verb is not None and verb not in VERBS:
@@ -244,6 +252,46 @@ def _inspect(options: argparse.Namespace) -> int:
         screen.print(inspect_table(options.model, found.places, found.counts))
         screen.print(sees_list(found))
     return 0
+
+
+def _attack(options: argparse.Namespace) -> int:
+    from veiltune.attacks import make_attack
+    from veiltune.display import console
+    from veiltune.evaluation.attacking import attack_run
+    from veiltune.report.privacy import attack_table
+    from veiltune.results import to_json
+
+    attack = make_attack(options.attack, _settings(options.set))
+    screen = console()
+    attacked = attack_run(
+        options.attacked,
+        attack,
+        moment=options.at,
+        limit=options.limit,
+        seed=options.seed,
+        corpus=options.corpus,
+        say=lambda line: screen.print(line, markup=False),
+    )
+    if options.json:
+        print(to_json({"rows": [finding.as_row() for finding in attacked.findings]}))
+    screen.print(attack_table(attacked.findings))
+    return 0
+
+
+def _settings(given: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` settings of an attack; values are TOML, bare words are text."""
+    import tomllib
+
+    found: dict[str, Any] = {}
+    for each in given:
+        key, separator, text = each.partition("=")
+        if not separator:
+            raise UserError(f"--set {each!r} is not key=value", hint="for example --set pairs=64")
+        try:
+            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key.strip()] = text
+    return found
 
 
 def _party(options: argparse.Namespace) -> int:

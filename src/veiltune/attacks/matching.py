@@ -48,7 +48,8 @@ class VocabularyMatching(Attack):
         """See `Attack.run`."""
         agreed = agreement_of(view)
         bottom = PublicBottom(auxiliary.take("base_weights"), agreed.bottom_layers)
-        search = _Search(bottom, agreed, min(self.shortlist, bottom.vocab_size), self.beam)
+        shortlist = self.shortlist if bottom.vocab_size > ROWS else bottom.vocab_size  # so few can all be computed
+        search = _Search(bottom, agreed, min(shortlist, bottom.vocab_size), self.beam)
         search.fit(rng)
         return Reconstruction(tokens=search.all(joined(smashed_states(view))))
 

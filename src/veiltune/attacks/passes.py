@@ -17,6 +17,7 @@ from torch import Tensor
 from veiltune.attacks.view import View
 from veiltune.errors import DataError
 from veiltune.privacy.quantisation import WireCodec, WireOptions
+from veiltune.transport.messages import Message, SegmentForward, TrunkForward, VeiledForward
 
 FIRST_SEGMENT = 0
 
@@ -47,6 +48,13 @@ class Agreement:
             return states
         codec = WireCodec.for_activations(self.wire)
         return codec.decode(codec.encode(states, starts=starts))
+
+
+def begins_pass(message: Message) -> bool:
+    """Whether a message is no forward at all, or the first one of a pass without a KV cache: what the attacks here have use for."""
+    if isinstance(message, SegmentForward):
+        return message.segment == FIRST_SEGMENT and message.cache_id == 0
+    return not isinstance(message, TrunkForward | VeiledForward) or message.cache_id == 0
 
 
 def agreement_of(view: View) -> Agreement:

@@ -119,12 +119,17 @@ def mean_cosine(truth: Tensor, found: Tensor) -> float:
 
 
 def score_tensors(truth: Sequence[Tensor], found: Sequence[Tensor], what: str) -> PerSequence:
-    """``{what}_error`` and ``{what}_cosine`` of corresponding tensors."""
-    pairs = list(zip(truth, found, strict=True))
+    """``{what}_error`` and ``{what}_cosine`` of corresponding tensors, over the rows that both have; None for other widths."""
+    pairs = [_common_rows(*pair) for pair in zip(truth, found, strict=True)]
     return {
-        f"{what}_error": [relative_error(*pair) for pair in pairs],
-        f"{what}_cosine": [mean_cosine(*pair) for pair in pairs],
+        f"{what}_error": [None if pair is None else relative_error(*pair) for pair in pairs],
+        f"{what}_cosine": [None if pair is None else mean_cosine(*pair) for pair in pairs],
     }
+
+
+def _common_rows(truth: Tensor, found: Tensor) -> tuple[Tensor, Tensor] | None:
+    rows = min(len(truth), len(found))
+    return (truth[:rows], found[:rows]) if truth.shape[1:] == found.shape[1:] else None
 
 
 # --- summaries --------------------------------------------------------------------------------------------------------

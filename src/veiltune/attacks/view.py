@@ -45,6 +45,10 @@ class Rights:
         sends = frozenset(kind for peer in peers for kind in reveals[peer])
         return cls(design, observer, frozenset(reveals[observer]), sends)
 
+    def sees(self, kind: str) -> bool:
+        """Whether a kind of message is sent or received by this observer."""
+        return kind in self.receives | self.sends
+
     def check(self, reads: Iterable[str]) -> None:
         """Refuse what the observer cannot have seen.
 
@@ -56,7 +60,7 @@ class Rights:
             kind, _, leaf = name.partition(".")
             if kind not in MESSAGES or leaf not in {each.name for each in dataclasses.fields(MESSAGES[kind])}:
                 raise ValueError(f"{name!r} is no field of a message")
-            if kind not in self.receives | self.sends:
+            if not self.sees(kind):
                 raise ProtocolError(
                     f"the {self.observer} does not see {name!r} under {self.design}",
                     hint=f"it receives {', '.join(sorted(self.receives))}",
@@ -148,6 +152,10 @@ class View:
         """The same view with other rows asked for."""
         return View(self.rights, self._entries, self.reads, targets)
 
+    def narrowed(self, reads: frozenset[str]) -> View:
+        """The same messages with other fields to be read: the scorer's view made an attack's."""
+        return View(self.rights, self._entries, reads, self.targets)
+
     def altered(self, change: Callable[[int, Message], Message]) -> View:
         """A view whose messages were replaced: the controls' (what the observer would have seen without protection)."""
         entries = [(n, sender, receiver, change(n, message)) for n, sender, receiver, message in self._entries]
@@ -157,8 +165,12 @@ class View:
         return len(self._entries)
 
 
-def load_view(paths: Sequence[Path], rights: Rights, reads: frozenset[str]) -> View:
-    """The view of an observer from its transcripts, in the order they were written. Kinds that are not read are dropped.
+def load_view(
+    paths: Sequence[Path], rights: Rights, reads: frozenset[str], keep: Callable[[Message], bool] = lambda _: True
+) -> View:
+    """The view of an observer from its transcripts, in the order they were written.
+
+    Every message is checked against the rights; those of kinds that are not read, or not to be kept, are then dropped.
 
     Raises:
         DataError: no transcript, or one that is damaged, of another version, another observer's, or of another run.
@@ -186,7 +198,7 @@ def load_view(paths: Sequence[Path], rights: Rights, reads: frozenset[str]) -> V
             sender, receiver = ends if record.direction == "sent" else ends[::-1]
             entry = _allowed(rights, (number, sender, receiver, message))
             number += 1
-            if type(message).__name__ in kinds:
+            if type(message).__name__ in kinds and keep(message):
                 entries.append(entry)
     if len(fingerprints) > 1:
         raise DataError(

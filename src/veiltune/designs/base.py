@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from pydantic import BaseModel
 
-from veiltune.parties.owner import Owner
+from veiltune.parties.owner import Owner, own
 from veiltune.parties.party import Party
+from veiltune.parties.split import Planner, join_with_layers, open_trunk, provide_trunk
 from veiltune.transport.channel import Channel
 
 Form = Literal["public", "clear", "masked", "control"]
@@ -143,8 +145,66 @@ SPLIT_PROVIDER_REVEALS: Mapping[str, Reveal] = {
 }
 """What the provider gets where the model is cut."""
 
-GRADIENT_REVEALS: Mapping[str, Mapping[str, Reveal]] = {
-    "owner": {"TrunkGradient": Reveal("the gradient of its own states", "clear")},
-    "provider": {"TrunkBackward": Reveal("the gradient of the loss in the trunk's output, at every step", "clear")},
+OWNER_SEES_GRADIENTS: Mapping[str, Reveal] = {"TrunkGradient": Reveal("the gradient of its own states", "clear")}
+PROVIDER_SEES_GRADIENTS: Mapping[str, Reveal] = {
+    "TrunkBackward": Reveal("the gradient of the loss in the trunk's output, at every step", "clear")
 }
 """What crosses besides where the bottom is trained through the trunk."""
+
+OWNER_SEES_EMULATOR: Mapping[str, Reveal] = {
+    "EmulatorShard": Reveal("an emulator of the trunk, the owner's to keep", "clear")
+}
+PROVIDER_SEES_RESULT: Mapping[str, Reveal] = {
+    "EmulatorRequest": Reveal("that the emulator is asked for", "control"),
+    "PlugIn": Reveal("what the owner trained, if plug_in was agreed on", "clear"),
+}
+"""What crosses besides where an emulator is tuned against."""
+
+
+def cut_design(  # noqa: PLR0913 - keyword-only
+    *,
+    name: str,
+    summary: str,
+    options: type[BaseModel],
+    plan: Planner,
+    exactness: str,
+    is_exact: Callable[[BaseModel], bool],
+    layers: Literal["owner", "top"] = "owner",
+    owner_sees: Mapping[str, Reveal] | None = None,
+    provider_sees: Mapping[str, Reveal] | None = None,
+) -> Design:
+    """A design that cuts the model between two parties: what all of those have in common.
+
+    Args:
+        name: as for `Design`, like ``summary``, ``options``, ``exactness`` and ``is_exact``.
+        summary: one sentence for people.
+        options: the model of its table in the configuration.
+        plan: makes its `SplitPlan` from its options.
+        exactness: the claim.
+        is_exact: whether it is equality, for given options.
+        layers: which of its layers the owner trains.
+        owner_sees: kinds of message that the owner gets beside those of all such designs.
+        provider_sees: the same of the provider.
+    """
+    join = partial(join_with_layers, planner=plan)
+    return Design(
+        name=name,
+        summary=summary,
+        options=options,
+        join=join,
+        roles={"owner": partial(own, join=join), "provider": partial(provide_trunk, planner=plan)},
+        links=(("owner", "provider"),),
+        data_plane=("owner", "provider"),
+        trainer="owner",
+        enclaves=frozenset(),
+        reveals={
+            "owner": {**SPLIT_OWNER_REVEALS, **(owner_sees or {})},
+            "provider": {**SPLIT_PROVIDER_REVEALS, **(provider_sees or {})},
+        },
+        also_sees={"provider": ("the trunk, which is its own; bottom and top as they were before tuning",)},
+        exactness=exactness,
+        is_exact=is_exact,
+        baseline={"layers": layers},
+        methods=frozenset({"lora", "full"}),
+        services={"provider": partial(open_trunk, planner=plan)},
+    )

@@ -9,22 +9,17 @@ none. Inference crosses as in `split`.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
 
 from veiltune.config import Section
-from veiltune.designs.base import SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design
-from veiltune.parties.owner import own
+from veiltune.designs.base import cut_design
 from veiltune.parties.split import (
     CacheOptions,
     ServerOptions,
     SplitPlan,
     WarmUpOptions,
-    join_with_layers,
-    open_trunk,
-    provide_trunk,
 )
 from veiltune.privacy.quantisation import WireOptions
 
@@ -48,23 +43,12 @@ def _exact(options: BaseModel) -> bool:
     return wire.activation_bits == 32 and warm_up.steps == 0
 
 
-_join = partial(join_with_layers, planner=_plan)
-
-GRADFREE = Design(
+GRADFREE = cut_design(
     name="gradfree",
     summary="only the top layers are tuned: no gradient crosses, and each example crosses once",
     options=GradfreeOptions,
-    join=_join,
-    roles={"owner": partial(own, join=_join), "provider": partial(provide_trunk, planner=_plan)},
-    links=(("owner", "provider"),),
-    data_plane=("owner", "provider"),
-    trainer="owner",
-    enclaves=frozenset(),
-    reveals={"owner": SPLIT_OWNER_REVEALS, "provider": SPLIT_PROVIDER_REVEALS},
-    also_sees={"provider": ("the trunk, which is its own; bottom and top as they were before tuning",)},
+    plan=_plan,
+    layers="top",
     exactness="approximate: states are rounded; with 32 bits and no warm-up, equal to local tuning of the top layers",
     is_exact=_exact,
-    baseline={"layers": "top"},
-    methods=frozenset({"lora", "full"}),
-    services={"provider": partial(open_trunk, planner=_plan)},
 )

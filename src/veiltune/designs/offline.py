@@ -8,16 +8,14 @@ trunk is given away; the bottom is tuned under L = L_task + α·dCor(E, H), so t
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from veiltune.config import Section
-from veiltune.designs.base import SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design, Reveal
+from veiltune.designs.base import OWNER_SEES_EMULATOR, PROVIDER_SEES_RESULT, cut_design
 from veiltune.models.emulators.options import EmulatorOptions
-from veiltune.parties.owner import own
-from veiltune.parties.split import ServerOptions, SplitPlan, join_with_layers, open_trunk, provide_trunk
+from veiltune.parties.split import ServerOptions, SplitPlan
 from veiltune.privacy.decorrelation import DecorrelationOptions
 from veiltune.privacy.quantisation import WireOptions
 
@@ -46,33 +44,13 @@ def _exact(_: BaseModel) -> bool:
     return False
 
 
-_join = partial(join_with_layers, planner=_plan)
-
-OFFLINE = Design(
+OFFLINE = cut_design(
     name="offline",
     summary="offsite tuning against a compressed emulator, decorrelated, with a quantised wire at inference",
     options=OfflineOptions,
-    join=_join,
-    roles={"owner": partial(own, join=_join), "provider": partial(provide_trunk, planner=_plan)},
-    links=(("owner", "provider"),),
-    data_plane=("owner", "provider"),
-    trainer="owner",
-    enclaves=frozenset(),
-    reveals={
-        "owner": {
-            **SPLIT_OWNER_REVEALS,
-            "EmulatorShard": Reveal("a compressed emulator of the trunk, the owner's to keep", "clear"),
-        },
-        "provider": {
-            **SPLIT_PROVIDER_REVEALS,
-            "EmulatorRequest": Reveal("that the emulator is asked for", "control"),
-            "PlugIn": Reveal("what the owner trained, if plug_in was agreed on", "clear"),
-        },
-    },
-    also_sees={"provider": ("the trunk, which is its own; bottom and top as they were before tuning",)},
+    plan=_plan,
+    owner_sees=OWNER_SEES_EMULATOR,
+    provider_sees=PROVIDER_SEES_RESULT,
     exactness="approximate: tuned against a stand-in for the trunk, and inference rounds what crosses",
     is_exact=_exact,
-    baseline={"layers": "owner"},
-    methods=frozenset({"lora", "full"}),
-    services={"provider": partial(open_trunk, planner=_plan)},
 )

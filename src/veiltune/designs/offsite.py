@@ -8,16 +8,14 @@ of the text; what was tuned goes back to the provider if ``plug_in``, and infere
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from veiltune.config import Section
-from veiltune.designs.base import SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design, Reveal
+from veiltune.designs.base import OWNER_SEES_EMULATOR, PROVIDER_SEES_RESULT, cut_design
 from veiltune.models.emulators.options import EmulatorOptions
-from veiltune.parties.owner import own
-from veiltune.parties.split import ServerOptions, SplitPlan, join_with_layers, open_trunk, provide_trunk
+from veiltune.parties.split import ServerOptions, SplitPlan
 
 
 class OffsiteOptions(Section):
@@ -36,33 +34,13 @@ def _exact(_: BaseModel) -> bool:
     return False
 
 
-_join = partial(join_with_layers, planner=_plan)
-
-OFFSITE = Design(
+OFFSITE = cut_design(
     name="offsite",
     summary="offsite tuning: the owner tunes against an emulator of the trunk, and plugs the result into the whole model",
     options=OffsiteOptions,
-    join=_join,
-    roles={"owner": partial(own, join=_join), "provider": partial(provide_trunk, planner=_plan)},
-    links=(("owner", "provider"),),
-    data_plane=("owner", "provider"),
-    trainer="owner",
-    enclaves=frozenset(),
-    reveals={
-        "owner": {
-            **SPLIT_OWNER_REVEALS,
-            "EmulatorShard": Reveal("an emulator of the trunk, the owner's to keep", "clear"),
-        },
-        "provider": {
-            **SPLIT_PROVIDER_REVEALS,
-            "EmulatorRequest": Reveal("that the emulator is asked for", "control"),
-            "PlugIn": Reveal("what the owner trained, if plug_in was agreed on", "clear"),
-        },
-    },
-    also_sees={"provider": ("the trunk, which is its own; bottom and top as they were before tuning",)},
+    plan=_plan,
+    owner_sees=OWNER_SEES_EMULATOR,
+    provider_sees=PROVIDER_SEES_RESULT,
     exactness="approximate: tuned against a stand-in for the trunk; inference through the trunk is exact",
     is_exact=_exact,
-    baseline={"layers": "owner"},
-    methods=frozenset({"lora", "full"}),
-    services={"provider": partial(open_trunk, planner=_plan)},
 )

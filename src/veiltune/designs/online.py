@@ -9,15 +9,13 @@ comparison, and neither is a bound. α = 0 with 32 bits is `split`, bit for bit.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
 
 from veiltune.config import Section
-from veiltune.designs.base import GRADIENT_REVEALS, SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design
-from veiltune.parties.owner import own
-from veiltune.parties.split import ServerOptions, SplitPlan, join_with_layers, open_trunk, provide_trunk
+from veiltune.designs.base import OWNER_SEES_GRADIENTS, PROVIDER_SEES_GRADIENTS, cut_design
+from veiltune.parties.split import ServerOptions, SplitPlan
 from veiltune.privacy.decorrelation import DecorrelationOptions
 from veiltune.privacy.quantisation import WireOptions
 
@@ -40,26 +38,13 @@ def _exact(options: BaseModel) -> bool:
     return wire.activation_bits == wire.gradient_bits == 32 and decorrelation.alpha == 0
 
 
-_join = partial(join_with_layers, planner=_plan)
-
-ONLINE = Design(
+ONLINE = cut_design(
     name="online",
     summary="split learning with decorrelated states and a quantised wire, both ways",
     options=OnlineOptions,
-    join=_join,
-    roles={"owner": partial(own, join=_join), "provider": partial(provide_trunk, planner=_plan)},
-    links=(("owner", "provider"),),
-    data_plane=("owner", "provider"),
-    trainer="owner",
-    enclaves=frozenset(),
-    reveals={
-        "owner": {**SPLIT_OWNER_REVEALS, **GRADIENT_REVEALS["owner"]},
-        "provider": {**SPLIT_PROVIDER_REVEALS, **GRADIENT_REVEALS["provider"]},
-    },
-    also_sees={"provider": ("the trunk, which is its own; bottom and top as they were before tuning",)},
+    plan=_plan,
+    owner_sees=OWNER_SEES_GRADIENTS,
+    provider_sees=PROVIDER_SEES_GRADIENTS,
     exactness="approximate: rounded on the wire, with a second term in the objective; with 32 bits and α = 0 it is split",
     is_exact=_exact,
-    baseline={"layers": "owner"},
-    methods=frozenset({"lora", "full"}),
-    services={"provider": partial(open_trunk, planner=_plan)},
 )

@@ -10,15 +10,13 @@ keeps from the provider are text, labels, bottom and top as trained; from the ow
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
 
 from veiltune.config import Section
-from veiltune.designs.base import GRADIENT_REVEALS, SPLIT_OWNER_REVEALS, SPLIT_PROVIDER_REVEALS, Design
-from veiltune.parties.owner import own
-from veiltune.parties.split import ServerOptions, SplitPlan, join_with_layers, open_trunk, provide_trunk
+from veiltune.designs.base import OWNER_SEES_GRADIENTS, PROVIDER_SEES_GRADIENTS, cut_design
+from veiltune.parties.split import ServerOptions, SplitPlan
 
 
 class SplitOptions(Section):
@@ -35,26 +33,13 @@ def _exact(_: BaseModel) -> bool:
     return True
 
 
-_join = partial(join_with_layers, planner=_plan)
-
-SPLIT = Design(
+SPLIT = cut_design(
     name="split",
     summary="split learning: the owner keeps the first and last layers, full precision crosses both ways",
     options=SplitOptions,
-    join=_join,
-    roles={"owner": partial(own, join=_join), "provider": partial(provide_trunk, planner=_plan)},
-    links=(("owner", "provider"),),
-    data_plane=("owner", "provider"),
-    trainer="owner",
-    enclaves=frozenset(),
-    reveals={
-        "owner": {**SPLIT_OWNER_REVEALS, **GRADIENT_REVEALS["owner"]},
-        "provider": {**SPLIT_PROVIDER_REVEALS, **GRADIENT_REVEALS["provider"]},
-    },
-    also_sees={"provider": ("the trunk, which is its own; bottom and top as they were before tuning",)},
+    plan=_plan,
+    owner_sees=OWNER_SEES_GRADIENTS,
+    provider_sees=PROVIDER_SEES_GRADIENTS,
     exactness="equal to local with the same layers trained, up to rounding",
     is_exact=_exact,
-    baseline={"layers": "owner"},
-    methods=frozenset({"lora", "full"}),
-    services={"provider": partial(open_trunk, planner=_plan)},
 )

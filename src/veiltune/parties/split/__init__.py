@@ -2,10 +2,11 @@
 
 from veiltune.parties.split.owner import join_with_layers
 from veiltune.parties.split.plan import CacheOptions, ServerOptions, SplitPlan, WarmUpOptions
-from veiltune.parties.split.provider import open_trunk, provide_trunk
+from veiltune.parties.split.provider import Planner, open_trunk, provide_trunk
 
 __all__ = [
     "CacheOptions",
+    "Planner",
     "ServerOptions",
     "SplitPlan",
     "WarmUpOptions",

