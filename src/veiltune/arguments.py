@@ -101,12 +101,19 @@ def _add_inspect(verbs: Any, run: Command) -> None:
 
 
 def _add_attack(verbs: Any, run: Command) -> None:
-    attack = _add(verbs, "attack", run, "attack what one observer saw of a recorded run; with controls, into result.json")
+    attack = _add(
+        verbs, "attack", run, "attack what one observer saw of a recorded run; with controls, into result.json"
+    )
     attack.add_argument("attacked", metavar="RUN", type=Path, help="output directory of a run with session.record")
-    attack.add_argument("--attack", required=True, metavar="NAME", help="see the documentation; an unknown name lists them")
+    attack.add_argument(
+        "--attack", required=True, metavar="NAME", help="see the documentation; an unknown name lists them"
+    )
     attack.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the attack")
     attack.add_argument(
-        "--at", choices=("first", "last"), default="first", help="texts that crossed first, or last, when layers were tuned"
+        "--at",
+        choices=("first", "last"),
+        default="first",
+        help="texts that crossed first, or last, when layers were tuned",
     )
     attack.add_argument(
         "--limit", type=_integer(2), default=8, metavar="N", help="sequences to reconstruct (default: %(default)s)"

@@ -51,6 +51,13 @@ def make_attack(name: str, settings: Mapping[str, Any] | None = None) -> Attack:
             raise UserError(f"{name} has no setting {key!r}", hint=nearest(key, known))
         wanted = (int, float) if types[key] is float else types[key]
         least = 0 if key in {"distance", "layers"} else 1
-        if isinstance(value, bool) or not isinstance(value, wanted) or (value < least and types[key] is int) or value < 0:
-            raise UserError(f"{name}: {key} = {value!r} is no {types[key].__name__} of at least {least}", hint="correct it")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, wanted)
+            or (value < least and types[key] is int)
+            or value < 0
+        ):
+            raise UserError(
+                f"{name}: {key} = {value!r} is no {types[key].__name__} of at least {least}", hint="correct it"
+            )
     return kind(**(settings or {}))

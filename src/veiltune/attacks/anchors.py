@@ -183,9 +183,7 @@ class KnownPlaintext(Attack):
         states = (seen.rows.double() @ torch.linalg.pinv(key, rtol=SPAN)).float()
         projection = (inverse @ truths).float()
         tokens = nearest_tokens(states, seen.positions, table, seen.form, projection)
-        return Reconstruction(
-            tokens=[part.tolist() for part in seen.split(tokens)], states=seen.split(states)
-        )
+        return Reconstruction(tokens=[part.tolist() for part in seen.split(tokens)], states=seen.split(states))
 
 
 def nearest_tokens(

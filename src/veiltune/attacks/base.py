@@ -39,9 +39,7 @@ class EmbeddingTable:
         self.has_positions = self._bottom.has_positions
 
     @torch.no_grad()
-    def states(
-        self, tokens: Int[Tensor, " n"], positions: Int[Tensor, " n"], form: FirstState
-    ) -> Float[Tensor, "n d"]:
+    def states(self, tokens: Int[Tensor, " n"], positions: Int[Tensor, " n"], form: FirstState) -> Float[Tensor, "n d"]:
         """States of tokens at positions: what the first block reads (normed), takes in (raw), or that less its mean."""
         raw = self._bottom.states(tokens[:, None], position_ids=positions[:, None])[:, 0]
         if form == "normed":

@@ -5,7 +5,7 @@ The model is left whole. A hook on the first block above the cut takes the state
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,8 @@ class PublicBottom:
         layers: blocks below the cut; fewer than the model has.
     """
 
-    def __init__(self, model: nn.Module, layers: int) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any, layers: int) -> None:
+        self.model = model
         self.layers = layers
         self.family = find_family(self.model.config)
         self.has_positions = self.family.positions is not None
@@ -78,7 +78,7 @@ class PublicBottom:
         return self._norm(raw)
 
     @contextmanager
-    def _stopping(self) -> Iterator[None]:
+    def _stopping(self) -> Generator[None]:
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(args[0] if args else kwargs["hidden_states"])
 

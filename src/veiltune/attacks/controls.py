@@ -62,7 +62,9 @@ class Finding:
         for name in ("value", "leaky_control", "shuffled_control"):
             figure = getattr(self, name)
             if not isinstance(figure, float) or not math.isfinite(figure):
-                raise ValueError(f"{self.attack} {self.metric}: {name} is {figure!r}; a row without it is not published")
+                raise ValueError(
+                    f"{self.attack} {self.metric}: {name} is {figure!r}; a row without it is not published"
+                )
 
     def as_row(self) -> dict[str, Any]:
         """As a row of a benchmark."""
@@ -144,6 +146,6 @@ def require_controls(
     ceiling = chance[metric] + CHANCE_MARGIN
     if crossed > ceiling:
         raise ExactnessError(
-            f"the shuffled control of {attack} failed: {metric} {crossed:.3f} against other texts, chance is {chance[metric]:.3f}",
+            f"the shuffled control of {attack} failed: {metric} {crossed:.3f} against others, chance is {chance[metric]:.3f}",
             hint="the texts resemble one another too much, or the score measures something else",
         )

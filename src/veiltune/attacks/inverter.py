@@ -149,7 +149,9 @@ class LearnedInverter(Attack):
             self._train(decoder, teacher)
         with torch.no_grad():
             sequences = joined(smashed_states(view))
-            return Reconstruction(tokens=[teacher.tokens[decoder(each[None])[0].argmax(-1)].tolist() for each in sequences])
+            return Reconstruction(
+                tokens=[teacher.tokens[decoder(each[None])[0].argmax(-1)].tolist() for each in sequences]
+            )
 
     def _train(self, decoder: _Decoder, teacher: _Teacher) -> None:
         lessons = list(teacher.lessons())

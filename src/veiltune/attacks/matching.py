@@ -1,9 +1,9 @@
 """Vocabulary matching: for each state at the cut, the token whose own state is nearest, left to right.
 
-*Reference.* The attack on permuted and plain states of "Hidden No More" (arXiv 2505.18332), on whole states here. States are causal:
-once the tokens before a position are known, only the vocabulary's size of states is possible there. Candidates are computed
-through the public bottom with a KV cache and rounded as the wire rounds. A linear map from states to embeddings, fitted to
-random tokens through that bottom, leaves a shortlist to compute.
+*Reference.* The attack on permuted and plain states of "Hidden No More" (arXiv 2505.18332), on whole states here. States are
+causal: once the tokens before a position are known, only as many states are possible there as there are tokens. Candidates are
+computed through the public bottom with a KV cache and rounded as the wire rounds. A linear map from states to embeddings,
+fitted to random tokens through that bottom, leaves a shortlist to compute.
 
 *Bound.* Without noise the right candidate is at the distance of rounding errors. What moves the bottom (tuning, decorrelation)
 moves the right one away; with a beam a wrong token is not final.
@@ -151,7 +151,9 @@ class _Search:
         place = torch.full_like(ids, position)
         states = self.bottom.states(ids, position_ids=place, cache=cache if self.bottom.layers else None)
         states = self.agreed.rounded(states, starts=position == 0).view(count, prefixes, k, -1)
-        squares = (states - seen[:, None, None]).square().sum(-1) / seen.square().sum(-1)[:, None, None].clamp_min(1e-30)
+        squares = (states - seen[:, None, None]).square().sum(-1) / seen.square().sum(-1)[:, None, None].clamp_min(
+            1e-30
+        )
         return squares if prefixes == self.beam else squares.expand(count, self.beam, k)
 
     def _keep(self, cache: Any, best: Int[Tensor, "count beam"], count: int) -> None:

@@ -1,7 +1,7 @@
 """What the attacks have in common when they read a view: the passes in it, and the states they carry.
 
 *States at the cut* come from `TrunkForward` messages, decoded as the agreed wire says; *masked first states* from the first
-operation of each pass under `obfuscatune`, or from each forward under `veil`. Passes of a generation (with a KV cache) are left out.
+operation of each pass under `obfuscatune`, or from each forward under `veil`. Passes with a KV cache are left out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Agreement:
 
 
 def begins_pass(message: Message) -> bool:
-    """Whether a message is no forward at all, or the first one of a pass without a KV cache: what the attacks here have use for."""
+    """Whether a message is no forward at all, or the first one of a pass without a KV cache: all that these attacks use."""
     if isinstance(message, SegmentForward):
         return message.segment == FIRST_SEGMENT and message.cache_id == 0
     return not isinstance(message, TrunkForward | VeiledForward) or message.cache_id == 0

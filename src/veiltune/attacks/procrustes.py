@@ -28,7 +28,7 @@ from veiltune.models.family import Family, Linear
 from veiltune.models.skeleton import config_from_json
 
 SAME_SPECTRUM = 0.75
-"""Largest relative distance of two spectra that still tells a rotation; an ancestor at 50% has about 0.1, a Gaussian key about 1."""
+"""Largest relative distance of two spectra that still tells a rotation: an ancestor at 50% is far nearer than that."""
 
 
 @dataclass(frozen=True)

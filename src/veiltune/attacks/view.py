@@ -34,7 +34,9 @@ class Rights:
     sends: frozenset[str]
 
     @classmethod
-    def under(cls, design: str, observer: str, reveals: Mapping[str, Collection[str]], peers: Collection[str]) -> Rights:
+    def under(
+        cls, design: str, observer: str, reveals: Mapping[str, Collection[str]], peers: Collection[str]
+    ) -> Rights:
         """From a design's table of what each observer receives, and the parties this one is linked to.
 
         Raises:

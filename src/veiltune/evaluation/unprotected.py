@@ -1,7 +1,7 @@
 """The leaky control's view: the messages of a recorded view as they would be with protection off.
 
-The same texts and passes, through the model as it was before tuning: states at the cut in full precision, first states and weights
-under no key. Everything else is as recorded.
+The same texts and passes, through the model as it was before tuning: states at the cut in full precision, first states and
+weights under no key. Everything else is as recorded.
 """
 
 from __future__ import annotations

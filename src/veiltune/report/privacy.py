@@ -23,6 +23,12 @@ def attack_table(findings: Sequence[Finding]) -> Table:
         table.add_column(name, justify="left" if name == "metric" else "right")
     for each in findings:
         interval = "-" if each.ci95 is None else f"{each.ci95[0]:.3f} to {each.ci95[1]:.3f}"
-        cells = (f"{each.value:.3f}", interval, str(each.n), f"{each.leaky_control:.3f}", f"{each.shuffled_control:.3f}")
+        cells = (
+            f"{each.value:.3f}",
+            interval,
+            str(each.n),
+            f"{each.leaky_control:.3f}",
+            f"{each.shuffled_control:.3f}",
+        )
         table.add_row(each.metric, *cells)
     return table
