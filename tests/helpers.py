@@ -127,6 +127,7 @@ def make_config(design: str, model: str, output: Path, **tables: Any) -> Config:
         "train": {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 4},
         "enclave": {"allow_simulated": True},
         "session": {"processes": False},
+        "veil": {"sandwich_norms": "open"},
     }
     for name, value in tables.items():
         values[name] = {**values.get(name, {}), **value} if isinstance(value, Mapping) else value

@@ -420,3 +420,11 @@ def test_verify_finds_it_exact(name: str) -> None:
         found = verify(f"random:{name}:2,32,4,259", "veil", overrides=["veil.enclave_layers=0"])
     assert found.failures == []
     assert found.condition_number == 1.0
+
+
+def test_sandwich_norms_are_refused_unless_the_rotation_may_be_known(tmp_path: Path) -> None:
+    config = make_config("veil", directory_of("gemma3"), tmp_path / "run", veil={"sandwich_norms": "refuse"})
+    with pytest.raises(PartyFailure, match="gives the rotation away") as caught:
+        run(config, Job(verb="provision"))
+    assert "obfuscatune" in str(caught.value.hint)
+    run(make_config("veil", directory_of("qwen3"), tmp_path / "other", veil={"sandwich_norms": "refuse"}), "provision")

@@ -96,7 +96,7 @@ def inspect_model(
         label = f"cut {cut.bottom_layers}+{cut.top_layers}"
         found.places[label] = cut_placement(config, cut)
         found.counts[label] = cut_shares(config, cut, BATCH, LENGTH)
-        found.sees.update({name: observers(name) for name, design in DESIGNS.items() if design.is_cut})
+    found.sees.update({name: observers(name) for name in DESIGNS if name not in found.sees})
     return found
 
 

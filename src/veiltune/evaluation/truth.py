@@ -57,10 +57,12 @@ class TrueRow:
 
 @dataclass(frozen=True)
 class _Observed:
+    """A recorded pass: its shape, and the lengths of its rows where the observer was told of the padding."""
+
     number: int
     training: bool
-    lengths: list[int]
-    length: int
+    shape: tuple[int, int]
+    lengths: list[int] | None
 
 
 def scorer_reads(view_kinds: frozenset[str]) -> frozenset[str]:
@@ -107,7 +109,10 @@ def _observed(view: View) -> Iterator[_Observed]:
             hidden = codec.decode(seen["hidden"]) if kind == "TrunkForward" else seen["hidden"]
             mask = masks.get(seen["context_id"]) if kind == "SegmentForward" else seen["attention_mask"]
             rows, length = hidden.shape[:2]
-            yield _Observed(seen.number, seen["training"], lengths_of(mask, rows, length), length)
+            known = mask is not None or kind == "TrunkForward"  # elsewhere no mask may mean that the enclave keeps it
+            yield _Observed(
+                seen.number, seen["training"], (rows, length), lengths_of(mask, rows, length) if known else None
+            )
 
 
 def _aligned(observed: Sequence[_Observed], expected: Sequence[TruePass], *, partial: bool) -> dict[int, TruePass]:
@@ -123,7 +128,7 @@ def _aligned(observed: Sequence[_Observed], expected: Sequence[TruePass], *, par
 
 
 def _fits(seen: _Observed, true: TruePass) -> bool:
-    return seen.length == true.ids.shape[1] and seen.lengths == true.mask.sum(1).tolist()
+    return seen.shape == tuple(true.ids.shape) and seen.lengths in (None, true.mask.sum(1).tolist())
 
 
 # --- the owner's passes, again ----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from veiltune.models.skeleton import (
     require_complete,
     resolve_device,
 )
+from veiltune.parties.clock import BorderClock, serve_owner
 from veiltune.parties.party import Party
 from veiltune.privacy.orthogonal import Key, make_key
 from veiltune.secrets import MasterSecret
@@ -34,13 +34,8 @@ from veiltune.tee.enclave import SimulatedEnclave
 from veiltune.tee.sealing import SealingKey
 from veiltune.transport.messages import (
     Acknowledged,
-    CostReport,
-    CostRequest,
     Goodbye,
-    Message,
     ModelCard,
-    OptimizerStep,
-    TrainBatch,
     TrunkPlan,
     TrunkShard,
     WeightShard,
@@ -187,59 +182,10 @@ class Enclave:
 
     def serve(self) -> None:
         """Answer the owner until it is done, then let the host go."""
-        engine: Engine | None = None
         held = sum(parameter.numel() for parameter in self.model.parameters())
-        clock = _TrainingClock(self.party, self.client)
-        self.party.report("ready")
-        owner = self.party.links["owner"]
-        while not isinstance(request := owner.recv(), Goodbye):
-            if isinstance(request, CostRequest):
-                owner.send(CostReport({"enclave_parameters": held, **clock.figures()}))
-            else:
-                engine = engine or self.engine()  # until something is to be computed, no key is drawn again
-                owner.send(clock.timed(engine, request))
+        clock = BorderClock(self.party, "host", "enclave's border", lambda: self.client.wait_seconds)
+        serve_owner(self.party, self.engine, clock, held_parameters=held)
         self.party.links["host"].send(Goodbye())
-
-
-class _TrainingClock:
-    """Seconds of training requests, those of them spent waiting for the host, and messages over the border."""
-
-    def __init__(self, party: Party, client: TrunkClient) -> None:
-        self._meter = party.meter
-        self._client = client
-        self.seconds = self.wait_seconds = 0.0
-        self.crossings = self.num_bytes = self.steps = 0
-        self._report = party.report
-
-    def _reading(self) -> tuple[float, float, int, int]:
-        traffic = self._meter.snapshot()
-        crossed = [counts for pair, kinds in traffic.items() if "host" in pair for counts in kinds.values()]
-        messages, num_bytes = (sum(counts[unit] for counts in crossed) for unit in ("messages", "bytes"))
-        return time.perf_counter(), self._client.wait_seconds, messages, num_bytes
-
-    def timed(self, engine: Engine, request: Message) -> Message:
-        """Have the engine answer, and add up what that took if it was part of a training step."""
-        before = self._reading()
-        answer = engine.handle(request)
-        if isinstance(request, (TrainBatch, OptimizerStep)):
-            now = self._reading()
-            self.seconds += now[0] - before[0]
-            self.wait_seconds += now[1] - before[1]
-            self.crossings += now[2] - before[2]
-            self.num_bytes += now[3] - before[3]
-        if isinstance(request, OptimizerStep):
-            self.steps += 1
-            self._report("border", {"bytes": self.num_bytes, "messages": self.crossings, "border": "enclave's border"})
-        return answer
-
-    def figures(self) -> dict[str, Any]:
-        """Sums so far."""
-        return {
-            "engine_seconds": self.seconds,
-            "wait_seconds": self.wait_seconds,
-            "crossings_per_step": self.crossings / max(1, self.steps),
-            "border_bytes_per_step": self.num_bytes / max(1, self.steps),
-        }
 
 
 def run_enclave(party: Party) -> None:

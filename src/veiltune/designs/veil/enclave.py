@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from veiltune.checkpoints import StateStore
 from veiltune.config import Config
 from veiltune.designs.veil.backend import VeiledBackend
-from veiltune.designs.veil.clock import TrainingClock
 from veiltune.designs.veil.options import VeilOptions
 from veiltune.engine import Engine
 from veiltune.errors import ConfigError
@@ -28,6 +27,7 @@ from veiltune.models.skeleton import (
     resolve_device,
 )
 from veiltune.models.trainable import make_trainable
+from veiltune.parties.clock import BorderClock, serve_owner
 from veiltune.parties.party import Party
 from veiltune.privacy.orthogonal import make_key
 from veiltune.secrets import MasterSecret
@@ -35,8 +35,6 @@ from veiltune.tee.enclave import SimulatedEnclave
 from veiltune.tee.sealing import SealingKey
 from veiltune.transport.messages import (
     Acknowledged,
-    CostReport,
-    CostRequest,
     Goodbye,
     ModelCard,
     TrunkPlan,
@@ -62,6 +60,7 @@ class Enclave:
         self.model_config = config_from_json(card.config)
         self.family = find_family(self.model_config)
         self.cut = Cut.of(self.model_config, self.options.enclave_layers, self.options.enclave_top_layers)
+        self._refuse_sandwich_norms()
         self._refuse_dropout()
         self.store = StateStore(party.directory, self.config.fingerprint(), SealingKey.load_or_create(party.directory))
         self.secret = self._master_secret()
@@ -84,6 +83,14 @@ class Enclave:
             self.model, self.family, self.cut, self.port, self.folding.stream, rounded=self.rounded
         )
         self._shapes: dict[str, tuple[int, int]] = {}
+
+    def _refuse_sandwich_norms(self) -> None:
+        """R⁻¹·diag(g)·R, which stands for a norm on what a branch adds, has the rows of R for eigenvectors."""
+        if self.options.sandwich_norms == "refuse" and any(segment.post_norm for segment in self.family.segments):
+            raise ConfigError(
+                f"{self.family.name} norms what its branches add, and what stands for such a norm gives the rotation away",
+                hint="use obfuscatune, or set veil.sandwich_norms = 'open' to study it without that protection",
+            )
 
     def _refuse_dropout(self) -> None:
         """A dropout of single channels does not commute with a rotation; one of all or none of them does."""
@@ -177,17 +184,9 @@ class Enclave:
 
     def serve(self) -> None:
         """Answer the owner until it is done, then let the host go."""
-        engine: Engine | None = None
         held = sum(parameter.numel() for parameter in self.model.parameters())
-        clock = TrainingClock(self.party, self.port)
-        self.party.report("ready")
-        owner = self.party.links["owner"]
-        while not isinstance(request := owner.recv(), Goodbye):
-            if isinstance(request, CostRequest):
-                owner.send(CostReport({"enclave_parameters": held, **clock.figures()}))
-            else:
-                engine = engine or self.engine()
-                owner.send(clock.timed(engine, request))
+        clock = BorderClock(self.party, "host", "enclave's border", lambda: self.port.wait_seconds)
+        serve_owner(self.party, self.engine, clock, held_parameters=held)
         self.party.links["host"].send(Goodbye())
 
 

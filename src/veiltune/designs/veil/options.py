@@ -24,6 +24,11 @@ class VeilOptions(Section):
         default="refuse",
         description="of trunk states, in training: refuse it, or drop channels of the rotated basis instead of plain ones",
     )
+    sandwich_norms: Literal["refuse", "open"] = Field(
+        default="refuse",
+        description="of families that norm what a branch adds (Gemma): what stands for such a norm lets the host compute the "
+        "rotation, so 'open' hides nothing of the stream and is for study",
+    )
     key_seed: int | None = Field(
         default=None, description="reproducible keys, for tests only; unset: from the system's randomness"
     )

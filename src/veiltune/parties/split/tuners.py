@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from veiltune.models.emulators.blocks import emulator_blocks
 from veiltune.models.emulators.card import EmulatorCard
 from veiltune.models.families import find_family
 from veiltune.models.trunk_stub import TrunkStub
+from veiltune.parties.clock import BorderClock
 from veiltune.parties.output_cache import OutputCache
 from veiltune.parties.party import Party
 from veiltune.parties.split.plan import SplitPlan
@@ -27,7 +27,6 @@ from veiltune.parties.split.port import WirePort, expect
 from veiltune.privacy.decorrelation import Decorrelation
 from veiltune.tee.sealing import SealingKey
 from veiltune.transport.messages import EmulatorRequest, EmulatorShard
-from veiltune.transport.transcript import Traffic, traffic_since
 from veiltune.tuner import EngineTuner
 
 
@@ -67,7 +66,7 @@ class SplitTuner(EngineTuner):
         self.port = port
         self.decorrelation = decorrelation
         self.correlations: list[float] = []
-        self._clock = _StepClock(party)
+        self._clock = BorderClock(party, "provider", "cut")
         self._step = 0
         self._is_new_step = True
         self._random_state: Tensor | None = None
@@ -94,9 +93,8 @@ class SplitTuner(EngineTuner):
         """See `Tuner.step`."""
         with self._clock:
             norm = super().step(learning_rate, max_grad_norm)
-        self._clock.steps += 1
+        self._clock.end_step()
         self._step, self._is_new_step = self._step + 1, True
-        self.party.report("border", {"bytes": self._clock.num_bytes, "messages": self._clock.messages, "border": "cut"})
         if self.decorrelation is not None:
             if self.decorrelation.last is not None:
                 self.correlations.append(self.decorrelation.last)
@@ -278,38 +276,3 @@ class EmulatedTuner(SplitTuner):
             materialise=next(self.engine.model.parameters()).dtype,
         )
         return {slot: block.to(self.engine.device) for slot, block in blocks.items()}
-
-
-class _StepClock:
-    """Messages and bytes of training steps, apart from all other traffic; seconds too. Re-entrant."""
-
-    def __init__(self, party: Party) -> None:
-        self._party = party
-        self._depth = 0
-        self._before: Traffic = {}
-        self._begin = 0.0
-        self.steps = 0
-        self.seconds = 0.0
-        self.messages = self.num_bytes = 0
-
-    def __enter__(self) -> None:
-        if self._depth == 0:
-            self._before, self._begin = self._party.meter.snapshot(), time.perf_counter()
-        self._depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth:
-            return
-        self.seconds += time.perf_counter() - self._begin
-        for kinds in traffic_since(self._party.meter.snapshot(), self._before).values():
-            self.messages += sum(counts["messages"] for counts in kinds.values())
-            self.num_bytes += sum(counts["bytes"] for counts in kinds.values())
-
-    def figures(self) -> dict[str, Any]:
-        """Sums so far, by the step."""
-        return {
-            "engine_seconds": self.seconds,
-            "crossings_per_step": self.messages / max(1, self.steps),
-            "border_bytes_per_step": self.num_bytes / max(1, self.steps),
-        }
