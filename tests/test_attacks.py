@@ -26,7 +26,8 @@ from veiltune.attacks.procrustes import recover_key
 from veiltune.designs import DESIGNS
 from veiltune.errors import DataError, ExactnessError, ProtocolError, UserError
 from veiltune.evaluation import RESULT, result_of
-from veiltune.evaluation.attacking import Attacked, attack_run, public_corpus, rights_of, run_config, transcripts_of
+from veiltune.evaluation.attacking import Attacked, attack_run, rights_of, run_config, transcripts_of
+from veiltune.evaluation.auxiliary import public_corpus
 from veiltune.evaluation.truth import scorer_reads, true_passes
 from veiltune.evaluation.unprotected import unprotected
 from veiltune.models.sources import resolve_model
@@ -35,6 +36,7 @@ from veiltune.transport.codec import encode
 from veiltune.transport.messages import MESSAGES, TrainBatch
 from veiltune.transport.transcript import Transcript
 
+MASKING = ("obfuscatune", "veil")
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ 0123456789.,;"
 WIDTH = 32
 INT8 = {"wire": {"activation_bits": 8, "gradient_bits": 8}, "decorrelation": {"alpha": 1.0}}
@@ -47,6 +49,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradfree": ("gradfree", {"gradfree": {"wire": {"activation_bits": 8}}}),
     "orthogonal": ("obfuscatune", {}),
     "gaussian": ("obfuscatune", {"obfuscatune": {"matrix": "gaussian"}}),
+    "veil-0": ("veil", {"veil": {"enclave_layers": 0}}),
+    "veil-0-gpt2": ("veil", {"veil": {"enclave_layers": 0, "dropout": "rotated"}}),
+    "veil-1": ("veil", {"veil": {"enclave_layers": 1}}),
     "paper-gpt2": ("obfuscatune", {"obfuscatune": {"placement": "paper"}}),
 }
 
@@ -76,8 +81,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Record:
             done[name] = output = directory / name
             family = "gpt2" if name.endswith("gpt2") else "llama"
             tables: dict[str, Any] = {"data": {"train": str(victim)}, "train": {"steps": 4}, **options}
-            tables["session"] = {"record": ["host" if design == "obfuscatune" else "provider"]}
-            if design == "obfuscatune":
+            tables["session"] = {"record": ["host" if design in MASKING else "provider"]}
+            if design in MASKING:
                 config = make_config(design, family, output, **tables)
             else:
                 config = cut_config(design, output, deep_model(family), **tables)
@@ -289,7 +294,9 @@ def test_knowing_the_rounding_helps(recorded: Record, monkeypatch: pytest.Monkey
     [("ridge_inverter", 0, 0.6), ("learned_inverter", 0, 0.8), ("learned_inverter", 1, 0.8)],
 )
 def test_inverters_learn_from_public_text(attack: str, layers: int, least: float, recorded: Record) -> None:
-    settings = {"layers": layers, "width": 128, "epochs": 20, "learning_rate": 4e-3} if attack == "learned_inverter" else {}
+    settings = (
+        {"layers": layers, "width": 128, "epochs": 20, "learning_rate": 4e-3} if attack == "learned_inverter" else {}
+    )
     found = attacked(recorded("online-int8"), attack, limit=4, **settings)
     assert found["token_recovery"].value >= least
     assert found["token_recovery"].shuffled_control < 0.2
@@ -307,12 +314,17 @@ def test_an_inverter_that_learnt_nothing_is_withheld(recorded: Record) -> None:
 # --- attacks on masked states and weights -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "paper-gpt2"])
+@pytest.mark.parametrize("name", ["orthogonal", "paper-gpt2", "veil-0", "veil-0-gpt2"])
 def test_a_rotation_keeps_what_gram_anchors_need(name: str, recorded: Record) -> None:
     found = attacked(recorded(name), "gram_anchors")["token_recovery"]
     assert found.value >= 0.95
     assert found.leaky_control >= 0.95
     assert found.shuffled_control < 0.2
+
+
+def test_states_of_more_than_one_token_are_not_for_anchors(recorded: Record) -> None:
+    with pytest.raises(UserError, match="enclave_layers = 1"):
+        attacked(recorded("veil-1"), "gram_anchors")
 
 
 def test_a_gaussian_key_keeps_it_only_roughly(recorded: Record) -> None:

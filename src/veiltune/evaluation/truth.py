@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veiltune.attacks import View
-from veiltune.attacks.passes import lengths_of
+from veiltune.attacks.passes import lengths_of, masks_of_segments
 from veiltune.batching import Batch, batches
 from veiltune.config import Config
 from veiltune.data import load_examples, tokenize
@@ -94,20 +94,18 @@ def true_passes(view: View, config: Config, tokenizer: Any, longest: int) -> dic
 
 
 def _observed(view: View) -> Iterator[_Observed]:
-    masks: dict[int, Any] = {}
+    masks = masks_of_segments(view) if view.rights.sees("PassContext") else {}
     codec = WireCodec.for_activations(WireOptions())
     if view.rights.sees("SplitRequest"):
         requests = view.messages("SplitRequest")
         if requests:
             codec = WireCodec.for_activations(WireOptions.model_validate(requests[0]["terms"]["wire"]))
-    if view.rights.sees("PassContext"):
-        masks = {seen["context_id"]: seen["attention_mask"] for seen in view.messages("PassContext")}
     for kind in ("TrunkForward", "SegmentForward", "VeiledForward"):
         if not view.rights.sees(kind):
             continue
         for seen in view.messages(kind):
             hidden = codec.decode(seen["hidden"]) if kind == "TrunkForward" else seen["hidden"]
-            mask = masks.get(seen["context_id"]) if kind == "SegmentForward" else seen["attention_mask"]
+            mask = masks.get(seen.number) if kind == "SegmentForward" else seen["attention_mask"]
             rows, length = hidden.shape[:2]
             known = mask is not None or kind == "TrunkForward"  # elsewhere no mask may mean that the enclave keeps it
             yield _Observed(
