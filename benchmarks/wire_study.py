@@ -88,9 +88,9 @@ def deltas(bits: int) -> Scheme:
     inner = integers(bits)
 
     def scheme(x: Tensor) -> tuple[Tensor, float]:
-        rows = x.view(-1, LENGTH, x.shape[1])
+        rows = x.view(-1, LENGTH - 1, x.shape[1])  # the first position crosses apart
         arrived, cost = torch.zeros_like(rows), 0.0
-        for position in range(LENGTH):
+        for position in range(LENGTH - 1):
             before = arrived[:, position - 1] if position else torch.zeros_like(rows[:, 0])
             change, cost = inner(rows[:, position] - before)
             arrived[:, position] = before + change

@@ -98,7 +98,7 @@ class _Search:
         return self.agreed.rounded(self.bottom.states(ids), starts=True)
 
     @torch.no_grad()
-    def all(self, sequences: Sequence[Float[Tensor, "length d"]]) -> list[list[int]]:
+    def all(self, sequences: Sequence[Float[Tensor, "_ d"]]) -> list[list[int]]:
         """The tokens of every sequence, a few sequences at a time, those of like length together."""
         size = max(1, ROWS // (self.shortlist * self.beam))
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))

@@ -30,7 +30,7 @@ class States:
     hidden: Float[Tensor, "rows seq d"]
     lengths: Sequence[int]
 
-    def sequences(self) -> list[Float[Tensor, "length d"]]:
+    def sequences(self) -> list[Float[Tensor, "_ d"]]:
         """Each row without its padding."""
         return [row[:length] for row, length in zip(self.hidden, self.lengths, strict=True)]
 
@@ -137,6 +137,6 @@ def lengths_of(mask: Any, rows: int, length: int) -> list[int]:
     return lengths if len(lengths) == rows else lengths * rows
 
 
-def joined(passes: Sequence[States]) -> list[Float[Tensor, "length d"]]:
+def joined(passes: Sequence[States]) -> list[Float[Tensor, "_ d"]]:
     """Every sequence of every pass, in order."""
     return [sequence for states in passes for sequence in states.sequences()]
