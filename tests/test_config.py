@@ -290,11 +290,14 @@ OTHER: dict[str, Any] = {
     "data.limit": 3,
     "data.max_length": 32,
     "data.too_long": "truncate",
+    "cut.bottom_layers": 1,
+    "cut.top_layers": 3,
     "lora.rank": 3,
     "lora.alpha": 3.0,
     "lora.dropout": 0.1,
     "lora.targets": ["q_proj"],
     "lora.init_seed": 1,
+    "train.method": "full",
     "train.steps": 3,
     "train.epochs": 2,
     "train.batch_size": 3,
@@ -325,6 +328,9 @@ OWN: dict[str, Any] = {
     "session.link": "tcp",
     "session.record": ["host"],
     "session.threads": 1,
+    "session.connect": {"provider": "127.0.0.1:7431"},
+    "session.token_file": "token",
+    "session.retry_seconds": 3.0,
 }
 """One party's own business."""
 

@@ -215,7 +215,7 @@ def test_the_check_for_room_counts_the_chunks_of_large_outputs(tmp_path: Path, *
 @both
 def test_the_refusal_names_what_to_raise(tmp_path: Path, *, sealed: bool) -> None:
     with pytest.raises(
-        ConfigError, match=r"2 examples of 1000 tokens more; gradfree\.cache_bytes allows 99$"
+        ConfigError, match=r"2 examples of 1000 tokens more; gradfree\.cache\.max_bytes allows 99$"
     ) as caught:
         cache(tmp_path, sealed=sealed, max_bytes=99).require_room(1000, 576, torch.float32, num_examples=2)
     assert "set gradfree.cache.max_bytes to at least 2304" in str(caught.value.hint)

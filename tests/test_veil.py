@@ -417,7 +417,8 @@ def test_verify_finds_it_exact(name: str) -> None:
     from veiltune.evaluation.verification import verify
 
     with own_cache():
-        found = verify(f"random:{name}:2,32,4,259", "veil", overrides=["veil.enclave_layers=0"])
+        options = ["veil.enclave_layers=0", "veil.sandwich_norms=open"]
+        found = verify(f"random:{name}:2,32,4,259", "veil", overrides=options)
     assert found.failures == []
     assert found.condition_number == 1.0
 
