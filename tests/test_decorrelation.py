@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from unittest import mock
 
@@ -60,9 +59,8 @@ def written_out(x: Tensor, y: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def published() -> Oracle:
-    """dcor's own implementation. Its compiled methods are for single columns: compiling them would take most of a minute."""
-    with mock.patch.dict(os.environ, NUMBA_DISABLE_JIT="1"):
-        import dcor
+    """dcor's own implementation. The first import in an environment compiles for some twenty seconds, the next ones do not."""
+    import dcor
 
     def oracle(x: Tensor, y: Tensor) -> float:
         return float(dcor.distance_correlation_sqr(x.double().numpy(), y.double().numpy(), method="naive"))
