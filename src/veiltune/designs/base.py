@@ -13,10 +13,13 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from veiltune.parties.owner import Owner, own
+from veiltune.parties.enclaved import EnclaveSession, HostSession, run_enclave, run_host
+from veiltune.parties.owner import Owner, join, own
 from veiltune.parties.party import Party
+from veiltune.parties.provider import provide
 from veiltune.parties.split import Planner, join_with_layers, open_trunk, provide_trunk
 from veiltune.transport.channel import Channel
+from veiltune.transport.messages import ModelCard, TrunkPlan
 
 Form = Literal["public", "clear", "masked", "control"]
 """``public``: no secret of anyone. ``clear``: readable as it is. ``masked``: under a key. ``control``: figures and requests."""
@@ -161,6 +164,81 @@ PROVIDER_SEES_RESULT: Mapping[str, Reveal] = {
 """What crosses besides where an emulator is tuned against."""
 
 
+HOST_SEES: Mapping[str, Reveal] = {
+    "FactorsRequest": Reveal("that the factors are asked for", "control"),
+    "FactorGradientsRequest": Reveal("that the factors' gradients are asked for", "control"),
+    "OptimizerStep": Reveal("the learning rate, with optimizer_at = host", "control"),
+    "SaveState": SAVE,
+    "LoadState": SAVE,
+    "Goodbye": DONE,
+}
+"""What the host of an enclave gets under every design, beside the trunk and its passes."""
+
+ENCLAVE_SEES: Mapping[str, Reveal] = {
+    **ENGINE_REVEALS,
+    "EvidenceRequest": Reveal("a nonce", "public"),
+    "Factors": Reveal("the factors the host holds", "masked"),
+    "FactorGradients": Reveal("the factors' gradients", "masked"),
+    "Acknowledged": ACK,
+}
+"""What the enclave gets under every design, beside what comes back from passes."""
+
+
+def enclave_design(  # noqa: PLR0913 - keyword-only
+    *,
+    name: str,
+    summary: str,
+    options: type[BaseModel],
+    enclave: Callable[[Party, ModelCard], EnclaveSession],
+    host: Callable[[Party, TrunkPlan], HostSession],
+    enclave_sees: Mapping[str, Reveal],
+    host_sees: Mapping[str, Reveal],
+    host_also_sees: tuple[str, ...],
+    exactness: str,
+    is_exact: Callable[[BaseModel], bool],
+) -> Design:
+    """A design in which an enclave trains with an untrusted host's help: what all of those have in common.
+
+    Args:
+        name: as for `Design`, like ``summary``, ``options``, ``exactness`` and ``is_exact``.
+        summary: one sentence for people.
+        options: the model of its table in the configuration.
+        enclave: makes the enclave's session.
+        host: makes the host's.
+        enclave_sees: kinds of message that the enclave gets beside those of all such designs.
+        host_sees: the same of the host.
+        host_also_sees: what the host learns that is no message.
+        exactness: the claim.
+        is_exact: whether it is equality, for given options.
+    """
+    joined = partial(join, trainer="enclave", attested=True)
+    return Design(
+        name=name,
+        summary=summary,
+        options=options,
+        join=joined,
+        roles={
+            "owner": partial(own, join=joined),
+            "provider": partial(provide, trainer="enclave", attested=True),
+            "enclave": partial(run_enclave, session=enclave),
+            "host": partial(run_host, session=host),
+        },
+        links=(("owner", "provider"), ("owner", "enclave"), ("provider", "enclave"), ("enclave", "host")),
+        data_plane=("enclave", "host"),
+        trainer="enclave",
+        enclaves=frozenset({"enclave"}),
+        reveals={
+            "owner": OWNER_REVEALS,
+            "provider": PROVIDER_REVEALS,
+            "enclave": {**ENCLAVE_SEES, **enclave_sees},
+            "host": {**HOST_SEES, **host_sees},
+        },
+        also_sees={"host": host_also_sees},
+        exactness=exactness,
+        is_exact=is_exact,
+    )
+
+
 def cut_design(  # noqa: PLR0913 - keyword-only
     *,
     name: str,
@@ -186,13 +264,13 @@ def cut_design(  # noqa: PLR0913 - keyword-only
         owner_sees: kinds of message that the owner gets beside those of all such designs.
         provider_sees: the same of the provider.
     """
-    join = partial(join_with_layers, planner=plan)
+    joined = partial(join_with_layers, planner=plan)
     return Design(
         name=name,
         summary=summary,
         options=options,
-        join=join,
-        roles={"owner": partial(own, join=join), "provider": partial(provide_trunk, planner=plan)},
+        join=joined,
+        roles={"owner": partial(own, join=joined), "provider": partial(provide_trunk, planner=plan)},
         links=(("owner", "provider"),),
         data_plane=("owner", "provider"),
         trainer="owner",

@@ -278,8 +278,7 @@ def linear_shapes(model: nn.Module, config: Any) -> list[tuple[Linear, tuple[int
     found: list[tuple[Linear, tuple[int, int]]] = []
     for linear in family.linears(config.num_hidden_layers):
         weight: Any = model.get_submodule(linear.path).weight
-        rows, columns = weight.shape
-        found.append((linear, (rows, columns) if family.weights_in_out else (columns, rows)))
+        found.append((linear, family.fan(weight)))
     return found
 
 

@@ -108,6 +108,11 @@ class Family:
         """Path of the module whose forward runs the blocks: embeddings, positions, masks, blocks, final norm."""
         return self.blocks.rpartition(".")[0]
 
+    def fan(self, weight: Tensor) -> tuple[int, int]:
+        """(in, out) of a linear, from its weight as it is stored."""
+        rows, columns = weight.shape
+        return (rows, columns) if self.weights_in_out else (columns, rows)
+
     @property
     def segments(self) -> tuple[Segment, Segment]:
         """Both segments in the order they run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def make_trainable(
     if not linears:
         return {}
     paths = [linear.path for linear in linears]
-    shapes = {path: _fan(model.get_submodule(path), in_out=family.weights_in_out) for path in paths}
+    shapes = {path: family.fan(model.get_parameter(f"{path}.weight")) for path in paths}
     inject_adapters(model, lora, family, num_layers, paths=paths)
     factors = initial_factors(shapes, lora, factor_dtype(dtype))
     place_factors(model, {name: value.to(device) for name, value in factors.items()})
@@ -63,11 +63,6 @@ def _own_parameters(model: nn.Module, family: Family, layers: Collection[int]) -
     for value in found.values():
         value.requires_grad = True
     return found
-
-
-def _fan(linear: Any, *, in_out: bool) -> tuple[int, int]:
-    rows, columns = linear.weight.shape
-    return (rows, columns) if in_out else (columns, rows)
 
 
 def save_layers(directory: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -16,14 +16,67 @@ from veiltune.config import LoraConfig, TrainConfig
 from veiltune.errors import ProtocolError
 from veiltune.models.adapters import adapted_linears, factor_parameters, inject_adapters, place_factors
 from veiltune.models.families import find_family
-from veiltune.models.family import Operation, Placement
+from veiltune.models.family import Family, Operation, Placement
 from veiltune.models.fused_lora import fuse_lora
 from veiltune.models.precision import round_between_operations
 from veiltune.models.skeleton import assign_parameter, blocks_of, empty_model, keep_modules, require_complete
 from veiltune.transport.messages import SegmentBackward, SegmentForward
 
 
-class HostTrunk:
+class AdaptedTrunk:
+    """Part of a model that is filled from messages: parameters in a secret basis, PEFT's LoRA layers around its linears.
+
+    Args:
+        model: on the meta device, LoRA layers injected.
+        family: its family.
+        adapted: paths of the linears with LoRA layers.
+        device: where to compute.
+        rounded: imitate bfloat16 (see `models.precision`).
+    """
+
+    def __init__(
+        self, model: nn.Module, family: Family, adapted: list[str], device: torch.device, *, rounded: bool
+    ) -> None:
+        self.model = model
+        self.family = family
+        self.adapted = adapted
+        self.device = device
+        self.rounded = rounded
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take parameters, by the names of the model before LoRA was put in."""
+        adapted = set(self.adapted)
+        for name, value in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            place = f"{path}.base_layer.{leaf}" if path in adapted else name
+            assign_parameter(self.model, place, value.to(self.device))
+
+    def load_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Take LoRA factors in the basis of their linears."""
+        place_factors(self.model, {name: value.to(self.device) for name, value in factors.items()})
+
+    def ready(self) -> None:
+        """Check that every parameter has come, and settle the precision."""
+        require_complete(self.model)
+        self.model.eval()  # what PEFT put in would still be training, and a pass changes modes only where they differ
+        if self.rounded:
+            round_between_operations(self.model)  # at the leaf modules, which fused layers would skip
+            return
+        for block in self.held_blocks():
+            for segment in self.family.segments:
+                fuse_lora(block, (segment.inputs, (segment.output,)))
+
+    def held_blocks(self) -> list[nn.Module]:
+        """The blocks whose linears are here."""
+        return blocks_of(self.model, self.family)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The LoRA factors, by flat name."""
+        return factor_parameters(self.model, self.adapted)
+
+
+class HostTrunk(AdaptedTrunk):
     """Obfuscated linears of all blocks, and the graphs of the forwards whose backward is still to come.
 
     Args:
@@ -37,20 +90,17 @@ class HostTrunk:
     def __init__(
         self, config: Any, placement: Placement, lora: LoraConfig, device: torch.device, *, rounded: bool
     ) -> None:
+        family, num_layers = find_family(config), config.num_hidden_layers
+        adapted = [linear.path for linear in adapted_linears(family, num_layers, lora)]
+        super().__init__(empty_model(config), family, adapted, device, rounded=rounded)
         self.config = config
-        self.device = device
-        self.rounded = rounded
-        self.family = find_family(config)
-        self.operations = self.family.operations(config.num_hidden_layers, placement)
-        linears = list(self.family.linears(config.num_hidden_layers))
-        self.model = empty_model(config)
-        held = {linear.path for linear in linears}
+        self.operations = family.operations(num_layers, placement)
+        held = {linear.path for linear in family.linears(num_layers)}
         if placement == "compact":
-            held |= {path for _, path in self.family.exposed(config.num_hidden_layers)}
-        self._move_output_terms_away(config.num_hidden_layers)
-        inject_adapters(self.model, lora, self.family, config.num_hidden_layers)
+            held |= {path for _, path in family.exposed(num_layers)}
+        self._move_output_terms_away(num_layers)
+        inject_adapters(self.model, lora, family, num_layers)
         keep_modules(self.model, held)
-        self.adapted = [linear.path for linear in adapted_linears(self.family, config.num_hidden_layers, lora)]
         self.blocks = blocks_of(self.model, self.family)
         self._contexts: dict[int, dict[str, Any]] = {}
         self._caches: dict[int, Any] = {}
@@ -70,39 +120,12 @@ class HostTrunk:
                     parent, _, leaf = segment.dropout.rpartition(".")
                     setattr(self.model.get_submodule(f"{self.family.blocks}.{block}.{parent}"), leaf, nn.Identity())
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take obfuscated parameters, by their plain model's names."""
-        adapted = set(self.adapted)
-        for name, value in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            assign_parameter(
-                self.model, f"{path}.base_layer.{leaf}" if path in adapted else name, value.to(self.device)
-            )
-
-    def load_factors(self, factors: Mapping[str, Tensor]) -> None:
-        """Take LoRA factors in the obfuscated basis."""
-        place_factors(self.model, {name: value.to(self.device) for name, value in factors.items()})
-
     def ready(self) -> None:
-        """Check that every parameter has come, and settle the precision."""
-        require_complete(self.model)
-        self.model.eval()  # what PEFT put in would still be training, and `forward` changes a block's mode as a whole
-        for (
-            module
-        ) in self.model.modules():  # the zeros that stand for an output side's bias (`_move_output_terms_away`)
+        """See `AdaptedTrunk.ready`; the zeros that stand for an output side's bias take the weights' dtype."""
+        for module in self.model.modules():
             if isinstance(bias := module._buffers.get("bias"), Tensor) and isinstance(module.weight, Tensor):
                 module.register_buffer("bias", bias.to(module.weight.dtype), persistent=False)
-        if self.rounded:
-            round_between_operations(self.model)  # at the leaf modules, which fused layers would skip
-            return
-        for block in self.blocks:
-            for segment in self.family.segments:
-                fuse_lora(block, (segment.inputs, (segment.output,)))
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The LoRA factors, by flat name."""
-        return factor_parameters(self.model, self.adapted)
+        super().ready()
 
     def set_context(self, context_id: int, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> None:
         """Remember what the attentions of a pass need beside hidden states."""

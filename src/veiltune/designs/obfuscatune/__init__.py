@@ -15,9 +15,9 @@ from functools import partial
 
 from pydantic import BaseModel
 
-from veiltune.designs.base import ACK, DONE, ENGINE_REVEALS, OWNER_REVEALS, PROVIDER_REVEALS, SAVE, Design, Reveal
-from veiltune.designs.obfuscatune.enclave import run_enclave
-from veiltune.designs.obfuscatune.host import run_host
+from veiltune.designs.base import Reveal, enclave_design
+from veiltune.designs.obfuscatune.enclave import Enclave
+from veiltune.designs.obfuscatune.host import Host
 from veiltune.designs.obfuscatune.options import ObfuscaTuneOptions
 from veiltune.parties.owner import join, own
 from veiltune.parties.provider import provide
@@ -31,8 +31,6 @@ HOST_REVEALS = {
         "masked",
     ),
     "Factors": Reveal("A* = R⁻¹·A or B* = B·R of each LoRA pair; in the clear: the other factor of the pair", "masked"),
-    "FactorsRequest": Reveal("that the factors are asked for", "control"),
-    "FactorGradientsRequest": Reveal("that the factors' gradients are asked for", "control"),
     "PassContext": Reveal("the padding mask, so the lengths of texts, and rotary tables, so positions", "clear"),
     "SegmentForward": Reveal(
         "X·R of the normed states, whose norms and inner products are those of X; with placement = paper also, in the clear, "
@@ -43,11 +41,7 @@ HOST_REVEALS = {
         "dO·R⁻ᵀ of the segments' outputs; with placement = paper also, in the clear, gradients of Q, K, V and pre-activations",
         "masked",
     ),
-    "OptimizerStep": Reveal("the learning rate, with optimizer_at = host", "control"),
     "Forget": Reveal("the end of a pass", "control"),
-    "SaveState": SAVE,
-    "LoadState": SAVE,
-    "Goodbye": DONE,
 }
 
 
@@ -55,46 +49,24 @@ def _exact(options: BaseModel) -> bool:
     return getattr(options, "matrix", "") != "gaussian"
 
 
-_join = partial(join, trainer="enclave", attested=True)
-
-OBFUSCATUNE = Design(
+OBFUSCATUNE = enclave_design(
     name="obfuscatune",
     summary="a small enclave keeps embeddings, norms and head; the host computes on masked states and weights",
     options=ObfuscaTuneOptions,
-    join=_join,
-    roles={
-        "owner": partial(own, join=_join),
-        "provider": partial(provide, trainer="enclave", attested=True),
-        "enclave": run_enclave,
-        "host": run_host,
+    enclave=Enclave,
+    host=Host,
+    enclave_sees={
+        "SegmentOutput": Reveal("the host's products", "masked"),
+        "SegmentGradient": Reveal("the host's gradients", "masked"),
+        "StepDone": Reveal("the gradient's norm, with optimizer_at = host", "control"),
     },
-    links=(("owner", "provider"), ("owner", "enclave"), ("provider", "enclave"), ("enclave", "host")),
-    data_plane=("enclave", "host"),
-    trainer="enclave",
-    enclaves=frozenset({"enclave"}),
-    reveals={
-        "owner": OWNER_REVEALS,
-        "provider": PROVIDER_REVEALS,
-        "enclave": {
-            **ENGINE_REVEALS,
-            "EvidenceRequest": Reveal("a nonce", "public"),
-            "SegmentOutput": Reveal("the host's products", "masked"),
-            "SegmentGradient": Reveal("the host's gradients", "masked"),
-            "Factors": Reveal("the factors the host holds", "masked"),
-            "FactorGradients": Reveal("the factors' gradients", "masked"),
-            "StepDone": Reveal("the gradient's norm, with optimizer_at = host", "control"),
-            "Acknowledged": ACK,
-        },
-        "host": HOST_REVEALS,
-    },
-    also_sees={
-        "host": (
-            "Q, K and V of every token and head, in the clear: the key cancels in X*·W*",
-            "the attention's output and the MLP's pre-activations and activations, in the clear",
-            "the gradients of all these, in the clear",
-            "of each LoRA pair the factor that meets no key, and its gradient, in the clear",
-        ),
-    },
+    host_sees=HOST_REVEALS,
+    host_also_sees=(
+        "Q, K and V of every token and head, in the clear: the key cancels in X*·W*",
+        "the attention's output and the MLP's pre-activations and activations, in the clear",
+        "the gradients of all these, in the clear",
+        "of each LoRA pair the factor that meets no key, and its gradient, in the clear",
+    ),
     exactness="equal to local up to c·κ·eps with optimizer_at = enclave or SGD; AdamW on the host is equal in distribution",
     is_exact=_exact,
 )

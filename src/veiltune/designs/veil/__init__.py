@@ -18,9 +18,9 @@ from functools import partial
 
 from pydantic import BaseModel
 
-from veiltune.designs.base import ACK, DONE, ENGINE_REVEALS, OWNER_REVEALS, PROVIDER_REVEALS, SAVE, Design, Reveal
-from veiltune.designs.veil.enclave import run_enclave
-from veiltune.designs.veil.host import run_host
+from veiltune.designs.base import Reveal, enclave_design
+from veiltune.designs.veil.enclave import Enclave
+from veiltune.designs.veil.host import Host
 from veiltune.designs.veil.options import VeilOptions
 from veiltune.parties.owner import join, own
 from veiltune.parties.provider import provide
@@ -39,8 +39,6 @@ HOST_REVEALS = {
         "masked",
     ),
     "Factors": Reveal("the trunk's LoRA factors, in the bases of the linears they belong to", "masked"),
-    "FactorsRequest": Reveal("that the factors are asked for", "control"),
-    "FactorGradientsRequest": Reveal("that the factors' gradients are asked for", "control"),
     "VeiledForward": Reveal(
         "x·R of the states that enter the trunk, whose norms and inner products are those of the (centred) states; the "
         "padding, so the lengths of texts; with enclave_layers = 0 equal tokens at equal positions as equal rows, and with "
@@ -48,11 +46,7 @@ HOST_REVEALS = {
         "masked",
     ),
     "VeiledBackward": Reveal("dx·R of the gradient at the trunk's output, with its norms and inner products", "masked"),
-    "OptimizerStep": Reveal("the learning rate, with optimizer_at = host", "control"),
     "Forget": Reveal("the end of a generation", "control"),
-    "SaveState": SAVE,
-    "LoadState": SAVE,
-    "Goodbye": DONE,
 }
 
 
@@ -60,53 +54,31 @@ def _exact(options: BaseModel) -> bool:
     return getattr(options, "optimizer_at", "") == "enclave"
 
 
-_join = partial(join, trainer="enclave", attested=True)
-
-VEIL = Design(
+VEIL = enclave_design(
     name="veil",
     summary="the host runs the trunk in a rotated basis; the enclave keeps embeddings, first blocks, final norm and head",
     options=VeilOptions,
-    join=_join,
-    roles={
-        "owner": partial(own, join=_join),
-        "provider": partial(provide, trainer="enclave", attested=True),
-        "enclave": run_enclave,
-        "host": run_host,
+    enclave=Enclave,
+    host=Host,
+    enclave_sees={
+        "VeiledOutput": Reveal("the trunk's output, rotated", "masked"),
+        "VeiledGradient": Reveal("the gradient of the trunk's input, rotated", "masked"),
+        "StepDone": Reveal("the rotated gradients' norm, with optimizer_at = host", "control"),
     },
-    links=(("owner", "provider"), ("owner", "enclave"), ("provider", "enclave"), ("enclave", "host")),
-    data_plane=("enclave", "host"),
-    trainer="enclave",
-    enclaves=frozenset({"enclave"}),
-    reveals={
-        "owner": OWNER_REVEALS,
-        "provider": PROVIDER_REVEALS,
-        "enclave": {
-            **ENGINE_REVEALS,
-            "EvidenceRequest": Reveal("a nonce", "public"),
-            "VeiledOutput": Reveal("the trunk's output, rotated", "masked"),
-            "VeiledGradient": Reveal("the gradient of the trunk's input, rotated", "masked"),
-            "Factors": Reveal("the factors the host holds", "masked"),
-            "FactorGradients": Reveal("the factors' gradients", "masked"),
-            "StepDone": Reveal("the rotated gradients' norm, with optimizer_at = host", "control"),
-            "Acknowledged": ACK,
-        },
-        "host": HOST_REVEALS,
-    },
-    also_sees={
-        "host": (
-            "rotated states of every block, with their norms and inner products",
-            "attention scores and probabilities",
-            (
-                "V up to a rotation of each head; Q and K up to rotations (learned positions), or up to what commutes with "
-                "rotary positions: phases and paired scales; with QK-norm up to signs and the order of heads"
-            ),
-            "MLP states up to their order, and scales where the activation allows them",
-            "with inner = false: Q, K, V and MLP states as they are",
-            "with norms on branches' outputs: the rotation itself, up to signs, order, and channels of equal gain",
-            "which channels of a rotated basis dropouts drop",
-            "times of computation",
-        )
-    },
+    host_sees=HOST_REVEALS,
+    host_also_sees=(
+        "rotated states of every block, with their norms and inner products",
+        "attention scores and probabilities",
+        (
+            "V up to a rotation of each head; Q and K up to rotations (learned positions), or up to what commutes with "
+            "rotary positions: phases and paired scales; with QK-norm up to signs and the order of heads"
+        ),
+        "MLP states up to their order, and scales where the activation allows them",
+        "with inner = false: Q, K, V and MLP states as they are",
+        "with norms on branches' outputs: the rotation itself, up to signs, order, and channels of equal gain",
+        "which channels of a rotated basis dropouts drop",
+        "times of computation",
+    ),
     exactness=(
         "equal to local up to c·κ·eps with κ = 1, if the optimiser is in the enclave; dropouts of the trunk's states are "
         "refused, or act in the rotated basis"

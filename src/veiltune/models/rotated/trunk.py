@@ -6,7 +6,6 @@ own. The host knows the architecture, never a key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,15 +13,13 @@ from torch import Tensor, nn
 
 from veiltune.config import LoraConfig
 from veiltune.errors import ProtocolError
-from veiltune.models.adapters import adapted_linears, factor_parameters, inject_adapters, place_factors
+from veiltune.models.adapters import adapted_linears, inject_adapters
 from veiltune.models.cut import Cut, Trunk, trunk_model
 from veiltune.models.families import find_family
-from veiltune.models.family import Family
-from veiltune.models.fused_lora import fuse_lora
-from veiltune.models.precision import round_between_operations
 from veiltune.models.rotated.folding import trunk_norms
 from veiltune.models.rotated.norms import GainNorm, SandwichNorm, StreamNorm, epsilon, is_rms_norm
-from veiltune.models.skeleton import assign_parameter, blocks_of, require_complete
+from veiltune.models.skeleton import blocks_of
+from veiltune.models.trunk import AdaptedTrunk
 from veiltune.transport.messages import VeiledBackward, VeiledForward
 
 
@@ -52,7 +49,7 @@ def _norm_for(norm: Any, kind: str, dim: int) -> nn.Module:
     return StreamNorm(dim, eps, has_constant=not is_rms_norm(norm) and norm.bias is not None)
 
 
-class RotatedTrunk:
+class RotatedTrunk(AdaptedTrunk):
     """A rotated trunk with its factors, and the graphs of the forwards whose backward is still to come.
 
     Args:
@@ -64,48 +61,23 @@ class RotatedTrunk:
     """
 
     def __init__(self, config: Any, cut: Cut, lora: LoraConfig, device: torch.device, *, rounded: bool) -> None:
-        self.device = device
-        self.rounded = rounded
-        self.family: Family = find_family(config)
-        self.model = rotated_model(config, cut)
-        linears = adapted_linears(self.family, cut.num_layers, lora, cut.trunk)
-        self.adapted = [linear.path for linear in linears]
+        family = find_family(config)
+        linears = adapted_linears(family, cut.num_layers, lora, cut.trunk)
+        adapted = [linear.path for linear in linears]
+        super().__init__(rotated_model(config, cut), family, adapted, device, rounded=rounded)
         self._writers = {linear.path for linear in linears if linear.side == "output"}
         if linears:
             model: Any = self.model
             model._tied_weights_keys = None  # PEFT would look for the embedding, which is not here
-            inject_adapters(self.model, lora, self.family, cut.num_layers, paths=self.adapted)
+            inject_adapters(self.model, lora, family, cut.num_layers, paths=adapted)
         self.trunk = Trunk(self.model, config, cut)
         self._caches: dict[int, Any] = {}
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take folded parameters, by the names of the model before LoRA was put in."""
-        adapted = set(self.adapted)
-        for name, value in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            place = f"{path}.base_layer.{leaf}" if path in adapted else name
-            assign_parameter(self.model, place, value.to(self.device))
-
-    def load_factors(self, factors: Mapping[str, Tensor]) -> None:
-        """Take LoRA factors in the rotated basis."""
-        place_factors(self.model, {name: value.to(self.device) for name, value in factors.items()})
-
-    def ready(self) -> None:
-        """Check that every parameter has come, and settle the precision."""
-        require_complete(self.model)
-        self.model.eval()
-        if self.rounded:
-            round_between_operations(self.model)  # at the leaf modules, which fused layers would skip
-            return
-        for index in self.trunk.cut.trunk:
-            for segment in self.family.segments:
-                fuse_lora(blocks_of(self.model, self.family)[index], (segment.inputs, (segment.output,)))
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The LoRA factors, by flat name."""
-        return factor_parameters(self.model, self.adapted)
+    def held_blocks(self) -> list[nn.Module]:
+        """See `AdaptedTrunk.held_blocks`."""
+        blocks = super().held_blocks()
+        return [blocks[index] for index in self.trunk.cut.trunk]
 
     def forward(self, request: VeiledForward) -> Tensor:
         """Run the trunk, keeping the graph if a backward is to follow."""

@@ -65,8 +65,7 @@ def _merged(model: Any, cut: Cut, config: Config, factors: Mapping[str, Tensor],
     family = find_family(model.config)
     shapes: dict[str, tuple[int, int]] = {}
     for linear in adapted_linears(family, cut.num_layers, config.lora, cut.owner_layers):
-        weight = model.get_submodule(linear.path).weight
-        fan_out, fan_in = reversed(weight.shape) if family.weights_in_out else weight.shape
+        fan_in, fan_out = family.fan(model.get_submodule(linear.path).weight)
         shapes |= {
             f"{linear.path}.lora_A": (config.lora.rank, fan_in),
             f"{linear.path}.lora_B": (fan_out, config.lora.rank),
