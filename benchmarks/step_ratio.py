@@ -10,7 +10,6 @@ own, with two steps.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._cells import cell
-from benchmarks._record import Row, alternate, ratios, run, summary
+from benchmarks._record import Row, Times, alternate, ratios, run, summary
 from benchmarks._runs import SMOLLM2, config_for, live, session, temporary_output
 from veiltune.examples import TokenizedExample
 from veiltune.models.adapters import peft_config
@@ -109,6 +108,19 @@ def _peak_memory(design: str, model: str, options: dict[str, Any]) -> dict[str, 
     return {role: figures["peak_rss"] for role, figures in outcome.figures.items()}
 
 
+def _timed(times: Times, setting: str, figures: dict[str, Any]) -> Row:
+    """What all rows say of a step."""
+    return {
+        "batch": BATCH,
+        "length": LENGTH,
+        "ratio": ratios(times, "plain")[setting],
+        "plain_seconds": summary(times["plain"]),
+        "seconds": summary(times[setting]),
+        "crossings_per_step": figures["crossings_per_step"],
+        "border_bytes_per_step": figures["border_bytes_per_step"],
+    }
+
+
 def _measure_cut(model: str, name: str, rounds: int, settings: dict[str, tuple[str, dict[str, Any]]]) -> list[Row]:
     vocabulary = resolve_model(model).config.vocab_size
     ids = torch.randint(0, vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -127,15 +139,8 @@ def _measure_cut(model: str, name: str, rounds: int, settings: dict[str, tuple[s
                 "setting": setting,
                 "placement": None,
                 "model": name,
-                "batch": BATCH,
-                "length": LENGTH,
-                "ratio": ratios(times, "plain")[setting],
-                "plain_seconds": summary(times["plain"]),
-                "seconds": summary(times[setting]),
-                "crossings_per_step": figures["crossings_per_step"],
-                "border_bytes_per_step": figures["border_bytes_per_step"],
+                **_timed(times, setting, figures),
                 "peak_rss": memory,
-                "measured_at": time.strftime("%Y-%m-%d"),
             }
         )
     return rows
@@ -160,15 +165,8 @@ def _measure_model(model: str, name: str, rounds: int, settings: dict[str, dict[
                 "optimizer_at": options["optimizer_at"],
                 "matrix": options.get("matrix", "orthogonal"),
                 "model": name,
-                "batch": BATCH,
-                "length": LENGTH,
-                "ratio": ratios(times, "plain")[setting],
-                "plain_seconds": summary(times["plain"]),
-                "seconds": summary(times[setting]),
-                "crossings_per_step": figures["crossings_per_step"],
-                "border_bytes_per_step": figures["border_bytes_per_step"],
+                **_timed(times, setting, figures),
                 "enclave_seconds_share": 1 - figures["wait_seconds"] / figures["engine_seconds"],
-                "measured_at": time.strftime("%Y-%m-%d"),
             }
         )
     return rows

@@ -20,7 +20,6 @@ from commands import Ran, runner, write_config
 from cutting import cut_config, deep_model
 from helpers import make_config
 from veiltune.attacks import ATTACKS, Auxiliary, EmbeddingTable, View, load_view, make_attack
-from veiltune.attacks.bottom import PublicBottom
 from veiltune.attacks.passes import Agreement, begins_pass, joined, lengths_of, smashed_states
 from veiltune.attacks.procrustes import recover_key
 from veiltune.designs import DESIGNS
@@ -30,6 +29,7 @@ from veiltune.evaluation.attacking import Attacked, attack_run, rights_of, run_c
 from veiltune.evaluation.auxiliary import public_corpus
 from veiltune.evaluation.truth import scorer_reads, true_passes
 from veiltune.evaluation.unprotected import unprotected
+from veiltune.models.bottom import Bottom
 from veiltune.models.sources import resolve_model
 from veiltune.results import read_result, write_result
 from veiltune.transport.codec import encode
@@ -253,11 +253,11 @@ def test_the_public_bottom_continues_from_its_cache() -> None:
     from transformers import DynamicCache
 
     model = helpers.plain_model("llama")
-    bottom, ids = PublicBottom(model, 1), torch.tensor([[5, 6, 7, 8]])
+    bottom, ids = Bottom(model, 1), torch.tensor([[5, 6, 7, 8]])
     whole, cache = bottom.states(ids), DynamicCache()
     parts = [bottom.states(ids[:, i : i + 1], position_ids=torch.tensor([[i]]), cache=cache) for i in range(4)]
     assert helpers.relative_error(torch.cat(parts, 1), whole) < 1e-5
-    assert torch.equal(PublicBottom(model, 0).states(ids), model.get_input_embeddings()(ids))
+    assert torch.equal(Bottom(model, 0).states(ids), model.get_input_embeddings()(ids))
 
 
 # --- attacks on states at the cut -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 
 from veiltune.batching import Batch, batches, collate, steps_per_epoch
 from veiltune.choices import TASKS, training_examples
+from veiltune.config import Config
 from veiltune.errors import DataError, nearest
 from veiltune.examples import (
     IGNORED,
@@ -44,6 +45,7 @@ __all__ = [
     "encode_continuation",
     "encode_prompt",
     "load_examples",
+    "load_tokenized",
     "steps_per_epoch",
     "tokenize",
 ]
@@ -54,6 +56,17 @@ _COLUMNS = (("messages",), ("prompt", "completion"), ("text",))
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?")
 Row = tuple[str, dict[str, Any]]
 """Where a row stands (``notes.jsonl:17``), and its values by column."""
+
+
+def load_tokenized(source: str, config: Config, tokenizer: Any, *, split: str) -> list[TokenizedExample]:
+    """A run's examples from one of its sources, as its owner trains on them.
+
+    Raises:
+        DataError: the source cannot be used, or an example is too long.
+    """
+    data = config.data
+    examples = load_examples(source, split=split, limit=data.limit, seed=config.seed)
+    return [tokenize(example, tokenizer, data.max_length, too_long=data.too_long) for example in examples]
 
 
 def load_examples(

@@ -73,9 +73,7 @@ def _gather(view: View, auxiliary: Auxiliary, table: EmbeddingTable) -> _Evidenc
     rows = torch.cat(sequences)
     positions = torch.cat([torch.arange(length) for length in lengths])
     known = torch.tensor([starts[sequence] + position for sequence, position, _ in pairs])
-    form: FirstState = "normed"
-    if view.rights.design == "veil":
-        form = "centred" if table.has_positions else "raw"  # families with learned positions have LayerNorms
+    form = table.form(view.rights.design)
     return _Evidence(rows, positions, lengths, known, torch.tensor([token for *_, token in pairs]), form)
 
 

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from veiltune.attacks.bottom import PublicBottom
 from veiltune.attacks.view import View
 from veiltune.errors import ProtocolError, UserError
+from veiltune.models.bottom import Bottom
 
 Knowledge = Literal["base_weights", "corpus", "embedding_table", "public_ancestor", "known_pairs"]
 FirstState = Literal["normed", "raw", "centred"]
@@ -34,9 +34,18 @@ class EmbeddingTable:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._bottom = PublicBottom(model, 0)
+        self._bottom = Bottom(model, 0)
         self.vocab_size = self._bottom.vocab_size
         self.has_positions = self._bottom.has_positions
+
+    def form(self, design: str) -> FirstState:
+        """In what form a design sends first states: as the first block reads them, or as they enter the trunk.
+
+        `veil` centres them where there are learned positions: those families have LayerNorms.
+        """
+        if design != "veil":
+            return "normed"
+        return "centred" if self.has_positions else "raw"
 
     @torch.no_grad()
     def states(self, tokens: Int[Tensor, " n"], positions: Int[Tensor, " n"], form: FirstState) -> Float[Tensor, "n d"]:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads
-from veiltune.attacks.bottom import PublicBottom
 from veiltune.attacks.passes import Agreement, agreement_of, joined, smashed_states
 from veiltune.attacks.view import View
+from veiltune.models.bottom import Bottom
 
 BATCH = 16
 HEADS = 4
@@ -47,9 +47,7 @@ class _Lesson:
 class _Teacher:
     """Makes lessons of public text."""
 
-    def __init__(
-        self, bottom: PublicBottom, agreed: Agreement, corpus: Sequence[Sequence[int]], vocabulary: int
-    ) -> None:
+    def __init__(self, bottom: Bottom, agreed: Agreement, corpus: Sequence[Sequence[int]], vocabulary: int) -> None:
         self.bottom = bottom
         self.agreed = agreed
         self.corpus = sorted((list(text) for text in corpus), key=len)
@@ -89,7 +87,7 @@ class RidgeInverter(Attack):
     def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:  # noqa: ARG002
         """See `Attack.run`."""
         agreed = agreement_of(view)
-        bottom = PublicBottom(auxiliary.take("base_weights"), agreed.bottom_layers)
+        bottom = Bottom(auxiliary.take("base_weights"), agreed.bottom_layers)
         teacher = _Teacher(bottom, agreed, auxiliary.take("corpus"), self.vocabulary)
         weights = _fit_ridge(teacher)
         tokens = [
@@ -142,7 +140,7 @@ class LearnedInverter(Attack):
     def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:
         """See `Attack.run`."""
         agreed = agreement_of(view)
-        bottom = PublicBottom(auxiliary.take("base_weights"), agreed.bottom_layers)
+        bottom = Bottom(auxiliary.take("base_weights"), agreed.bottom_layers)
         teacher = _Teacher(bottom, agreed, auxiliary.take("corpus"), self.vocabulary)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=rng)))

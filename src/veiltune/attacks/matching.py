@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veiltune.attacks.base import Attack, Auxiliary, EmbeddingTable, Knowledge, Reconstruction, provider_reads
-from veiltune.attacks.bottom import PublicBottom
 from veiltune.attacks.passes import Agreement, agreement_of, joined, smashed_states
 from veiltune.attacks.view import View
+from veiltune.models.bottom import Bottom
 
 ROWS = 512  # candidates computed at a time
 FIT_TOKENS_PER_CHANNEL = 6
@@ -47,7 +47,7 @@ class VocabularyMatching(Attack):
     def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:
         """See `Attack.run`."""
         agreed = agreement_of(view)
-        bottom = PublicBottom(auxiliary.take("base_weights"), agreed.bottom_layers)
+        bottom = Bottom(auxiliary.take("base_weights"), agreed.bottom_layers)
         shortlist = self.shortlist if bottom.vocab_size > ROWS else bottom.vocab_size  # so few can all be computed
         search = _Search(bottom, agreed, min(shortlist, bottom.vocab_size), self.beam)
         search.fit(rng)
@@ -57,7 +57,7 @@ class VocabularyMatching(Attack):
 class _Search:
     """Beam search of the tokens behind states, over many sequences at once."""
 
-    def __init__(self, bottom: PublicBottom, agreed: Agreement, shortlist: int, beam: int) -> None:
+    def __init__(self, bottom: Bottom, agreed: Agreement, shortlist: int, beam: int) -> None:
         self.bottom = bottom
         self.agreed = agreed
         self.shortlist = shortlist

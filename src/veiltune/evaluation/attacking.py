@@ -285,7 +285,7 @@ def _trials(case: _Case, found: Reconstruction, leaky: Reconstruction) -> list[T
 @torch.no_grad()
 def _true_states(case: _Case) -> list[Tensor]:
     table = EmbeddingTable(case.model)
-    form = "normed" if case.config.design == "obfuscatune" else ("centred" if table.has_positions else "raw")
+    form = table.form(case.config.design)
     return [table.states(torch.tensor(row), torch.arange(len(row)), form) for row in case.truths]
 
 

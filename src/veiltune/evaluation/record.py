@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veiltune.config import Config
-from veiltune.designs import DESIGNS
+from veiltune.designs import DESIGNS, Design
 from veiltune.models.accounting import DESIGNS as ACCOUNTED
 from veiltune.models.accounting import Shares, shares
 from veiltune.models.family import Placement
@@ -138,7 +138,7 @@ def _cost(config: Config, outcome: Outcome, history: Mapping[str, Any], length: 
         seconds_per_step=Spread.of(seconds) if seconds else None,
         bytes={pair: {kind: n["bytes"] for kind, n in kinds.items()} for pair, kinds in traffic.items()},
         messages={pair: {kind: n["messages"] for kind, n in kinds.items()} for pair, kinds in traffic.items()},
-        bytes_per_step=_bytes_per_step(traffic, engine),
+        bytes_per_step=_bytes_per_step(DESIGNS[config.design], traffic, engine),
         crossings_per_step=engine.get("crossings_per_step"),
         rounds=_rounds(traffic),
         peak_rss={role: figures["peak_rss"] for role, figures in outcome.figures.items() if "peak_rss" in figures},
@@ -170,13 +170,13 @@ def _mean_length(config: Config, history: Mapping[str, Any]) -> int:
     return math.ceil(history["tokens"] / sequences) if sequences else config.data.max_length
 
 
-def _bytes_per_step(traffic: Traffic, engine: Mapping[str, Any]) -> float | None:
+def _bytes_per_step(design: Design, traffic: Traffic, engine: Mapping[str, Any]) -> float | None:
     """Bytes of a training step: the owner's exchange with the engine, and what crossed the enclave's border for it.
 
     ``BatchLoss`` also answers evaluations; all of them have one size, so each batch trained on is given one.
     """
-    if "border_bytes_per_step" in engine and not any("TrainBatch" in kinds for kinds in traffic.values()):
-        return engine["border_bytes_per_step"]  # the owner runs the engine itself
+    if design.is_cut:  # the owner runs the engine itself: nothing is exchanged but over the cut
+        return engine.get("border_bytes_per_step")
     found: dict[str, dict[str, int]] = {}
     for pair, kinds in traffic.items():
         if "owner" in pair.split("->"):  # with the optimiser on the host the same kinds also cross the border

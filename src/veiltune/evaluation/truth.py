@@ -17,9 +17,8 @@ from veiltune.attacks import View
 from veiltune.attacks.passes import lengths_of, masks_of_segments
 from veiltune.batching import Batch, batches
 from veiltune.config import Config
-from veiltune.data import load_examples, tokenize
+from veiltune.data import load_tokenized
 from veiltune.errors import UserError
-from veiltune.examples import TokenizedExample
 from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.training import total_steps
 from veiltune.transport.messages import Message, ScoreBatch, Scores
@@ -132,16 +131,10 @@ def _fits(seen: _Observed, true: TruePass) -> bool:
 # --- the owner's passes, again ----------------------------------------------------------------------------------------
 
 
-def _examples(config: Config, tokenizer: Any, source: str, split: str) -> list[TokenizedExample]:
-    data = config.data
-    examples = load_examples(source, split=split, limit=data.limit, seed=config.seed)
-    return [tokenize(example, tokenizer, data.max_length, too_long=data.too_long) for example in examples]
-
-
 def _batches(config: Config, tokenizer: Any) -> Iterator[Batch]:
     if config.data.train is None:
         return
-    examples = _examples(config, tokenizer, config.data.train, "train")
+    examples = load_tokenized(config.data.train, config, tokenizer, split="train")
     steps = total_steps(config.train, len(examples)) * config.train.accumulate
     pad = int(tokenizer.pad_token_id)
     yield from batches(examples, config.train.batch_size, seed=config.seed, steps=steps, pad_id=pad)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veiltune.attacks import EmbeddingTable, View
-from veiltune.attacks.bottom import PublicBottom
 from veiltune.evaluation.truth import TruePass
+from veiltune.models.bottom import Bottom
 from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.transport.messages import (
     Message,
@@ -38,7 +37,7 @@ def unprotected(view: View, model: nn.Module, passes: Mapping[int, TruePass], bo
     """
     parameters: dict[str, Tensor] = {name: value.detach() for name, value in model.named_parameters()}
     table = EmbeddingTable(model)
-    bottom = PublicBottom(model, bottom_layers if view.rights.sees("TrunkForward") else 0)
+    bottom = Bottom(model, bottom_layers if view.rights.sees("TrunkForward") else 0)
     plain_wire = WireOptions()
     codec = WireCodec.for_activations(plain_wire)
 
@@ -54,14 +53,13 @@ def unprotected(view: View, model: nn.Module, passes: Mapping[int, TruePass], bo
         if isinstance(message, TrunkForward):
             return dataclasses.replace(message, hidden=codec.encode(bottom.states(true.ids, true.mask)))
         if isinstance(message, SegmentForward | VeiledForward):
-            return dataclasses.replace(message, hidden=_first_states(table, true, message))
+            return dataclasses.replace(message, hidden=_first_states(table, true, view.rights.design))
         return message
 
     return view.altered(change)
 
 
-def _first_states(table: EmbeddingTable, true: TruePass, message: Any) -> Tensor:
-    form = "normed" if isinstance(message, SegmentForward) else ("centred" if table.has_positions else "raw")
+def _first_states(table: EmbeddingTable, true: TruePass, design: str) -> Tensor:
     rows, length = true.ids.shape
     positions = torch.arange(length).repeat(rows)
-    return table.states(true.ids.flatten(), positions, form).view(rows, length, -1)
+    return table.states(true.ids.flatten(), positions, table.form(design)).view(rows, length, -1)

@@ -1,4 +1,4 @@
-"""The public bottom: the first layers of a base model as a function from tokens to the states at a cut.
+"""The bottom: the first layers of a model as a function from tokens to the states at a cut.
 
 The model is left whole. A hook on the first block above the cut takes the states and stops the pass there.
 """
@@ -22,8 +22,8 @@ class _Reached(Exception):  # noqa: N818 - no error: the pass has come to the cu
         self.states = states
 
 
-class PublicBottom:
-    """The first ``layers`` blocks of a causal language model with its embeddings.
+class Bottom:
+    """The first ``layers`` slots of a causal language model with its embeddings; what is above them need not be there.
 
     Args:
         model: of `transformers`; not changed.
@@ -39,8 +39,7 @@ class PublicBottom:
         self.vocab_size = int(self.model.get_input_embeddings().weight.shape[0])
         self._decoder: Any = model.get_submodule(self.family.decoder)
         blocks = blocks_of(model, self.family)
-        self._next = blocks[layers]
-        self._norm = blocks[0].get_submodule(self.family.attention.norm)
+        self._first, self._next = blocks[0], blocks[layers]
 
     def states(
         self,
@@ -75,7 +74,7 @@ class PublicBottom:
 
     def first_norm(self, raw: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """What the first block's attention reads of states that enter it."""
-        return self._norm(raw)
+        return self._first.get_submodule(self.family.attention.norm)(raw)
 
     @contextmanager
     def _stopping(self) -> Generator[None]:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veiltune.data import load_examples
+from veiltune.data import load_tokenized
 from veiltune.errors import CheckpointError, DataError, PeerLostError
-from veiltune.examples import TokenizedExample, tokenize
+from veiltune.examples import TokenizedExample
 from veiltune.models.adapters import save_adapter
 from veiltune.models.checkpoint import load_tokenizer
 from veiltune.models.families import find_family
@@ -59,14 +59,13 @@ class Owner:
 
     def tokenized(self, source: str, *, split: str) -> list[TokenizedExample]:
         """Read, tokenise and check a data source."""
-        data = self.party.config.data
-        examples = load_examples(source, split=split, limit=data.limit, seed=self.party.config.seed)
-        if data.max_length > self.longest:
+        longest = self.party.config.data.max_length
+        if longest > self.longest:
             raise DataError(
-                f"data.max_length {data.max_length} exceeds the {self.longest} positions of this model",
+                f"data.max_length {longest} exceeds the {self.longest} positions of this model",
                 hint=f"set data.max_length to at most {self.longest}",
             )
-        return [tokenize(example, self.tokenizer, data.max_length, too_long=data.too_long) for example in examples]
+        return load_tokenized(source, self.party.config, self.tokenizer, split=split)
 
     # --- the jobs -------------------------------------------------------------------------------------------------------
 

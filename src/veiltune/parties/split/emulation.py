@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veiltune.data import load_examples
 from veiltune.examples import tokenize
+from veiltune.models.bottom import Bottom
 from veiltune.models.cache import cache_root
 from veiltune.models.checkpoint import Checkpoint
 from veiltune.models.cut import Cut, PassThrough, owner_model, trunk_model
@@ -19,7 +20,7 @@ from veiltune.models.emulators.card import Emulator
 from veiltune.models.emulators.distil import Distillation, Runner, States, token_batches
 from veiltune.models.emulators.options import EmulatorOptions
 from veiltune.models.families import find_family
-from veiltune.models.skeleton import assign_parameter, require_complete
+from veiltune.models.skeleton import assign_parameter
 from veiltune.parties.party import Party
 from veiltune.parties.provider import read_group, shards
 from veiltune.parties.split.server import TrunkServer
@@ -126,26 +127,22 @@ class Emulation:
 
         @torch.no_grad()
         def states(step: int) -> States:
-            return bottom(draw(step).to(parameter.device)), None
+            return bottom.states(draw(step).to(parameter.device)), None
 
         return Distillation(teacher, student, states)
 
-    def _bottom(self, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Token ids to states at the bottom cut: the owner's half, of which the top is left out."""
+    def _bottom(self, dtype: torch.dtype, device: torch.device) -> Bottom:
+        """Token ids to states at the bottom cut: what of the owner's half stands above is never filled."""
         config = self.checkpoint.config
         family, model = find_family(config), owner_model(config, self.cut)
-        slots = model.get_submodule(family.blocks)
-        for slot in self.cut.top:
-            setattr(slots, str(slot), PassThrough(slot))
         decoder: Any = model.get_submodule(family.decoder)
-        setattr(decoder, family.final_norm, nn.Identity())
-        wanted = {name for name, _ in decoder.named_parameters(prefix=family.decoder)}
+        top = tuple(f"{family.blocks}.{slot}." for slot in self.cut.top)
+        wanted = {name for name, _ in decoder.named_parameters(prefix=family.decoder) if not name.startswith(top)}
         for _, group in shards(self.checkpoint, family):
             chosen = {name: stored for name, stored in group.items() if name in wanted}
             for name, value in read_group(self.checkpoint, chosen).items() if chosen else ():
                 assign_parameter(model, name, value.to(device, dtype))
-        require_complete(decoder)
-        return lambda ids: decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return Bottom(model, self.cut.bottom_layers)
 
     def _text(self) -> list[int] | None:
         """The public text to distil on, as one run of tokens; ``None``: random tokens.

@@ -29,7 +29,7 @@ from veiltune.parties.provider import receive_weights
 from veiltune.parties.split.plan import SplitPlan, terms_of
 from veiltune.parties.split.port import RefusedError, WirePort, expect
 from veiltune.parties.split.provider import Planner
-from veiltune.parties.split.tuners import SplitTuner, tuner_for
+from veiltune.parties.split.tuners import SplitTuner, tuner_kind
 from veiltune.parties.split.warm_up import warm_up
 from veiltune.privacy.decorrelation import Decorrelation
 from veiltune.results import write_json
@@ -131,7 +131,7 @@ class SplitOwner(Owner):
         layers = self.cut.top if plan.trains == "top" else self.cut.owner_layers
         warmed = plan.warm_up is not None and plan.warm_up.steps > 0
         self._require_layers(layers, warmed=warmed)
-        parameters = make_trainable(
+        self._trained = make_trainable(
             self.model,
             family,
             self.cut.owner_layers if warmed else layers,
@@ -141,11 +141,11 @@ class SplitOwner(Owner):
             device=device,
         )
         store = StateStore(party.directory, config.fingerprint())
-        optimizer = make_optimizer(parameters, config.train)
-        backend = SplitBackend(parameters, optimizer, store, stub=self.stub, port=self.port)
+        optimizer = make_optimizer(self._trained, config.train)
+        backend = SplitBackend(self._trained, optimizer, store, stub=self.stub, port=self.port)
         decorrelation = None if plan.decorrelation is None else Decorrelation(plan.decorrelation, seed=config.seed)
         engine = Engine(self.model, backend, device, lambda _: None)
-        return tuner_for(party, plan, self.cut, engine, self.stub, self.port, decorrelation)
+        return tuner_kind(plan)(party, plan, self.cut, engine, self.stub, self.port, decorrelation)
 
     def _require_layers(self, layers: Sequence[int], *, warmed: bool) -> None:
         """Refuse a cut that leaves the owner nothing to train, or to warm up."""
@@ -165,11 +165,11 @@ class SplitOwner(Owner):
         plan, resumed = self.plan, self.party.job.resume_step is not None
         if plan.warm_up is not None and plan.warm_up.steps > 0:
             if not resumed:
-                bottom = list(self._of_bottom(self.split_tuner.parameters).values())
+                bottom = list(self._of_bottom(self._trained).values())
                 self.party.figures["warm_up"] = warm_up(
-                    self.party, self.model, self.stub, bottom, plan.warm_up, examples, pad_id=self.pad_id
+                    self.party, self.model, self.cut, bottom, plan.warm_up, examples, pad_id=self.pad_id
                 )
-            for parameter in self._of_bottom(self.split_tuner.parameters).values():
+            for parameter in self._of_bottom(self._trained).values():
                 parameter.requires_grad = False  # no longer trained, yet part of the result
         self.split_tuner.prepare(examples, held_out, bottom=self._bottom_fingerprint())
 

@@ -62,7 +62,6 @@ class WirePort:
         self.states = WireCodec.for_activations(wire)
         self.gradients = WireCodec.for_gradients(wire)
         self.feedback = ErrorFeedback(self.gradients) if wire.error_feedback else None
-        self.last_output: Tensor | None = None
         self._reconnect = reconnect
         self._ticket = 0
         self._kept: dict[int, TrunkForward] = {}
@@ -89,8 +88,7 @@ class WirePort:
         if context.keep:
             self._kept[request.ticket] = request
         answer = self._ask(request, TrunkOutput, is_lasting=context.cache_id != 0)
-        self.last_output = self._decoded(self.states, answer.hidden, hidden)
-        return request.ticket, self.last_output
+        return request.ticket, self._decoded(self.states, answer.hidden, hidden)
 
     def backward(self, ticket: int, gradient: Tensor) -> Tensor:
         """One backward crossing: the gradient of that forward's output in, that of its input out."""

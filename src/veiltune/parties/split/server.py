@@ -123,7 +123,6 @@ class TrunkSession:
             )
         self._last_ticket = request.ticket
         entry = self._decoded(self.states, request.hidden, f"the states of forward {request.ticket}")
-        self._check_context(request, entry)
         keep_graph = request.keep and self.options.activations == "keep"
         cache = self._cache(request.cache_id)
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -160,6 +159,8 @@ class TrunkSession:
     def _cache(self, cache_id: int) -> Any:
         if cache_id == 0:
             return None
+        if cache_id < 0:
+            raise ProtocolError(f"cache {cache_id} is no cache")
         if cache_id not in self.caches:
             while len(self.caches) >= self.options.max_caches:
                 self.caches.popitem(last=False)
@@ -215,17 +216,3 @@ class TrunkSession:
             raise ProtocolError(
                 f"{what}: {batch} x {length} tokens exceed {self.options.max_tokens}", hint="send smaller batches"
             )
-
-    def _check_context(self, request: TrunkForward, entry: Tensor) -> None:
-        batch, seq, _ = entry.shape
-        mask, positions = request.attention_mask, request.position_ids
-        if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < seq):
-            raise ProtocolError(f"a mask of shape {tuple(mask.shape)} does not fit states of {batch} x {seq} tokens")
-        if positions is not None and (
-            positions.dim() != 2 or positions.shape[0] not in {1, batch} or positions.shape[1] != seq
-        ):
-            raise ProtocolError(
-                f"position ids of shape {tuple(positions.shape)} do not fit states of {batch} x {seq} tokens"
-            )
-        if request.cache_id < 0:
-            raise ProtocolError(f"cache {request.cache_id} is no cache")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from veiltune.engine import Engine
 from veiltune.examples import TokenizedExample
+from veiltune.models.bottom import Bottom
 from veiltune.models.cut import Cut
 from veiltune.models.emulators.blocks import emulator_blocks
 from veiltune.models.emulators.card import EmulatorCard
@@ -30,19 +31,11 @@ from veiltune.transport.messages import EmulatorRequest, EmulatorShard
 from veiltune.tuner import EngineTuner
 
 
-def tuner_for(
-    party: Party,
-    plan: SplitPlan,
-    cut: Cut,
-    engine: Engine,
-    stub: TrunkStub,
-    port: WirePort,
-    decorrelation: Decorrelation | None,
-) -> SplitTuner:
+def tuner_kind(plan: SplitPlan) -> type[SplitTuner]:
     """The tuner that a plan asks for."""
-    kind = SplitTuner if plan.cache is None else KeepingTuner
-    kind = kind if plan.emulator is None else EmulatedTuner
-    return kind(party, plan, cut, engine, stub, port, decorrelation)
+    if plan.emulator is not None:
+        return EmulatedTuner
+    return SplitTuner if plan.cache is None else KeepingTuner
 
 
 class SplitTuner(EngineTuner):
@@ -71,11 +64,6 @@ class SplitTuner(EngineTuner):
         self._is_new_step = True
         self._random_state: Tensor | None = None
         engine.penalty = None if decorrelation is None else self._penalty
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        return getattr(self.engine.backend, "parameters")  # noqa: B009 - a ParameterBackend's
 
     def accumulate(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int) -> float:
         """See `Tuner.accumulate`."""
@@ -146,7 +134,8 @@ class KeepingTuner(SplitTuner):
         self, examples: Sequence[TokenizedExample], held_out: Sequence[TokenizedExample], *, bottom: str
     ) -> None:
         """Open the cache; refuse now what would not fit later."""
-        assert self.plan.cache is not None  # noqa: S101 - `tuner_for`
+        assert self.plan.cache is not None  # noqa: S101 - `tuner_kind`
+        self._below_top = Bottom(self.engine.model, self.stub.index + 1)  # bottom and, at the stub, the whole trunk
         directory = self.party.directory / "trunk-outputs"
         key = SealingKey.load_or_create(self.party.directory) if self.plan.cache.sealed else None
         self.cache = OutputCache(directory, bottom, max_bytes=self.plan.cache.max_bytes, key=key)
@@ -187,15 +176,11 @@ class KeepingTuner(SplitTuner):
         if not missing:
             return
         length = max(len(rows[index]) for index in missing)
-        model, device = self.engine.model, self.engine.device
-        model.eval()
-        getattr(model, model.base_model_prefix)(
-            input_ids=input_ids[missing, :length].to(device),
-            attention_mask=attention_mask[missing, :length].to(device),
-            use_cache=False,
+        device = self.engine.device
+        self.engine.model.eval()
+        output = self._below_top.states(
+            input_ids[missing, :length].to(device), attention_mask[missing, :length].to(device)
         )
-        output = self.port.last_output
-        assert output is not None  # noqa: S101 - the pass above crossed
         for position, index in enumerate(missing):
             cache.put(rows[index], output[position, : len(rows[index])])
 
