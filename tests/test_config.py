@@ -402,3 +402,25 @@ def test_a_configuration_cannot_be_changed() -> None:
         config.seed = 3  # pyrefly: ignore
     with pytest.raises(ValueError, match="frozen"):
         config.train.steps = 3  # pyrefly: ignore
+
+
+# --- tables within a design's -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("design", "given", "kept"),
+    [
+        ("online", "wire.group=64", {"activation_bits": 8, "gradient_bits": 8, "group": 64}),
+        ("gradfree", "wire.rotate=false", {"activation_bits": 8, "rotate": False}),
+        ("online", "decorrelation.samples=64", {"alpha": 1.0, "samples": 64}),
+        ("offline", "emulator.layers=3", {"compression": "quantised", "layers": 3}),
+        ("online", "wire.activation_bits=32", {"activation_bits": 32, "gradient_bits": 8}),
+    ],
+)
+def test_a_table_given_in_part_keeps_the_rest_of_the_designs_default(
+    design: str, given: str, kept: dict[str, Any]
+) -> None:
+    """One option must not switch the others' protection off."""
+    options = load(f"{design}.{given}", design=design).design_options[design]
+    table = options[given.partition(".")[0]]
+    assert {name: table[name] for name in kept} == kept

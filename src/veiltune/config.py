@@ -26,6 +26,21 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_tables(cls, values: Any) -> Any:
+        """A table given in part keeps the rest of its default here, which need not be its own class's.
+
+        Without this, one option of a wire that is 8 bits by default would silently make it 32.
+        """
+        if not isinstance(values, Mapping):
+            return values
+        given = dict(values)
+        for name, field in cls.model_fields.items():
+            if isinstance(field.default, Section) and isinstance(given.get(name), Mapping):
+                given[name] = {**field.default.model_dump(), **given[name]}
+        return given
+
 
 class DataConfig(Section):
     """What is trained on. ``train`` is a file, a hub data set or ``package:DISTRIBUTION/TASK``."""
