@@ -78,7 +78,7 @@ class RunCell(Cell):
     """
 
     kind: Literal["run"] = "run"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     result: RunResult | None = None
 
 
@@ -101,8 +101,8 @@ class AttackCell(Cell):
     attack_setting: str = ""
     moment: Literal["first", "last"]
     observer: str
-    figures: dict[str, AttackFigure] = {}
-    samples: list[TextSample] = []
+    figures: dict[str, AttackFigure] = Field(default_factory=dict)
+    samples: list[TextSample] = Field(default_factory=list)
 
 
 StudyRecord = Annotated[RunCell | AttackCell, Field(discriminator="kind")]
