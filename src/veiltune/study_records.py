@@ -110,23 +110,23 @@ _ANY: TypeAdapter[RunCell | AttackCell] = TypeAdapter(StudyRecord)
 
 
 def read_study(path: Path) -> list[RunCell | AttackCell]:
-    """Every record, in the order written. A last line that was cut short (the writer was killed) is left out.
+    """The latest record of every cell, in the order in which cells were first recorded.
+
+    A last line that was cut short (the writer was killed) is left out.
 
     Raises:
         DataError: no such file, or a line that is no record of this version.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        *lines, _ = path.read_bytes().split(b"\n")  # what follows the last line's end was cut short, or is empty
     except OSError as error:
         raise DataError(
             f"cannot read {str(path)!r}: {error.strerror}", hint="give a comparison's results.jsonl"
         ) from None
-    records: list[RunCell | AttackCell] = []
+    latest: dict[str, RunCell | AttackCell] = {}
     for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            break
         try:
-            records.append(_ANY.validate_json(line))
+            record = _ANY.validate_json(line)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -134,7 +134,8 @@ def read_study(path: Path) -> list[RunCell | AttackCell]:
                 f"{str(path)!r}, line {number}: {where}: {first['msg']}",
                 hint="it was altered, or is of another version",
             ) from None
-    return records
+        latest[record.cell] = record  # a cell that failed and was tried again keeps its place
+    return list(latest.values())
 
 
 def append_record(path: Path, record: Cell) -> None:

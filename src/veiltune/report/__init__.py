@@ -10,6 +10,7 @@ from veiltune.report.comparison import (
 )
 from veiltune.report.losses import plot_losses
 from veiltune.report.placement import inspect_table
+from veiltune.report.study import write_study_report
 
 __all__ = [
     "NOTHING",
@@ -20,4 +21,5 @@ __all__ = [
     "comparison_table",
     "inspect_table",
     "plot_losses",
+    "write_study_report",
 ]

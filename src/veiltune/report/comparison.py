@@ -50,17 +50,17 @@ def comparison_markdown(results: Results) -> str:
     """
     rows = comparison_rows(results)
     lines = [
-        f"**{_markdown(title(results))}**",
+        f"**{markdown_text(title(results))}**",
         "",
-        _markdown_row(["", *results]),
+        markdown_row(["", *results]),
         "|---" + "|--:" * len(results) + "|",
-        *(_markdown_row([name, *cells]) for name, cells in rows),
+        *(markdown_row([name, *cells]) for name, cells in rows),
     ]
     if note := caption(results):
         lines += ["", f"**{note}**"]
     for label, result in results.items():
         for answer in result.answers:
-            lines += ["", f"*{_markdown(label)}*, asked:", "", *_indented(answer.prompt), "", "answered:", ""]
+            lines += ["", f"*{markdown_text(label)}*, asked:", "", *_indented(answer.prompt), "", "answered:", ""]
             lines += _indented(answer.text)
     return "\n".join(lines) + "\n"
 
@@ -82,9 +82,9 @@ def comparison_rows(results: Results) -> list[Row]:
             "distance correlation, last step", results, lambda r: f"{r.correlation[-1]:.3f}" if r.correlation else None
         ),
         _row("emulator", results, _emulator),
-        _row("seconds a step", results, lambda r: _spread(r.cost.seconds_per_step)),
+        _row("seconds a step", results, lambda r: spread_text(r.cost.seconds_per_step)),
         ("ratio to local", [_ratio(result, results) or NOTHING for result in results.values()]),
-        _row("bytes a step", results, lambda r: _bytes(r.cost.bytes_per_step)),
+        _row("bytes a step", results, lambda r: bytes_text(r.cost.bytes_per_step)),
         _row("crossings a step", results, lambda r: _number(r.cost.crossings_per_step)),
         _row("largest memory of a party", results, _peak),
         _row("parameters in the enclave", results, lambda r: percent(r.cost.enclave.param_share)),
@@ -135,7 +135,8 @@ def _error(result: RunResult, name: str) -> str | None:
     return f"{error:.1e} {'EXCEEDS' if name in result.exactness.exceeded() else '≤'} {bound:.1e}"
 
 
-def _spread(spread: Spread | None, unit: str = "") -> str | None:
+def spread_text(spread: Spread | None, unit: str = "") -> str | None:
+    """Median, and the 10th to the 90th percentile."""
     if spread is None:
         return None
     return f"{spread.median:.3g}{unit} ({spread.p10:.3g} to {spread.p90:.3g})"
@@ -144,7 +145,7 @@ def _spread(spread: Spread | None, unit: str = "") -> str | None:
 def _ratio(result: RunResult, results: Results) -> str | None:
     """A recorded ratio, else the quotient of two recorded medians, which says what it is."""
     if result.cost.step_ratio is not None:
-        return _spread(result.cost.step_ratio, "x")
+        return spread_text(result.cost.step_ratio, "x")
     plain = next((r for r in results.values() if r.design == "local" and r.cost.seconds_per_step is not None), None)
     if plain is None or plain.cost.seconds_per_step is None or result.cost.seconds_per_step is None:
         return None
@@ -153,7 +154,8 @@ def _ratio(result: RunResult, results: Results) -> str | None:
     return f"{result.cost.seconds_per_step.median / plain.cost.seconds_per_step.median:.2f}x (of medians)"
 
 
-def _bytes(num_bytes: float | None) -> str | None:
+def bytes_text(num_bytes: float | None) -> str | None:
+    """Bytes in decimal units."""
     return None if num_bytes is None else decimal(round(num_bytes))
 
 
@@ -210,15 +212,16 @@ def _style(cell: str) -> str:
     return "bold red" if loud else "dim" if cell == NOTHING else ""
 
 
-def _markdown(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Text that shows as it is inside a Markdown table."""
     for sign in "\\`*_[]<>|":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())
 
 
-def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_markdown(cell) for cell in cells) + " |"
+def markdown_row(cells: Iterable[str]) -> str:
+    """A line of a Markdown table whose cells show as they are."""
+    return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |"
 
 
 def _indented(text: str) -> list[str]:

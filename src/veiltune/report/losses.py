@@ -7,9 +7,9 @@ from typing import Any
 
 from veiltune.errors import UserError
 from veiltune.report.comparison import Results, caption, title
+from veiltune.report.figures import COLOURS, verbatim, write_png
 from veiltune.results import RunResult
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -29,7 +29,7 @@ def plot_losses(results: Results, path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    figure.suptitle(_verbatim(f"Loss while tuning {title(curves)}"), x=0.01, ha="left", fontsize=12)
+    figure.suptitle(verbatim(f"Loss while tuning {title(curves)}"), x=0.01, ha="left", fontsize=12)
     axes = figure.add_subplot()
     for index, (label, result) in enumerate(curves.items()):
         _plot_run(axes, index, label, result)
@@ -42,30 +42,22 @@ def plot_losses(results: Results, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, handlelength=3)
     if note := caption(curves):
-        axes.set_title(_verbatim(note), loc="left", fontsize=8, color="#B00000")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+        axes.set_title(verbatim(note), loc="left", fontsize=8, color="#B00000")
+    write_png(figure, path)
 
 
 def _plot_run(axes: Any, index: int, label: str, result: RunResult) -> None:
     """One run's curve and points. The first is a broad pale band, on which a thin dashed line can lie and be seen."""
     look = {
-        "color": _COLOURS[index % len(_COLOURS)],
+        "color": COLOURS[index % len(COLOURS)],
         "alpha": 0.45 if index == 0 else 1.0,
         "linewidth": 5.0 if index == 0 else max(1.2, 2.2 - 0.4 * index),
         "linestyle": _STYLES[index % len(_STYLES)],
         "zorder": 2 + index,
     }
     marker = "o" if len(result.loss) == 1 else None  # a single point draws no line
-    axes.plot(range(1, len(result.loss) + 1), result.loss, marker=marker, label=_verbatim(label), **look)
+    axes.plot(range(1, len(result.loss) + 1), result.loss, marker=marker, label=verbatim(label), **look)
     if result.validation_loss:
         steps, values = zip(*result.validation_loss, strict=True)
         size = max(4, 9 - 3 * index)
         axes.plot(steps, values, "D", color=look["color"], alpha=look["alpha"], markersize=size, zorder=20 + index)
-
-
-def _verbatim(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
-    return text.replace("$", r"\$")

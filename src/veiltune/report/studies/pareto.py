@@ -1,0 +1,215 @@
+"""Privacy against utility: which settings lie on the front, and a figure of it with cost as size.
+
+Privacy is 1 less the strongest reconstruction over all observers. A setting is on the front if no other is at least as good in
+both and better in one. Intervals are drawn, not used: of two settings whose intervals overlap neither may be the better one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veiltune.report.comparison import bytes_text
+from veiltune.report.figures import INK, PAPER, dress, new_figure, verbatim
+from veiltune.report.studies.labels import Anchor, place_labels
+from veiltune.report.studies.looks import Look, looks_of
+from veiltune.report.studies.words import exposure_text, figure
+from veiltune.study_rows import CostSummary, Row
+from veiltune.study_values import Absent, Estimate
+
+SMALLEST, LARGEST = 40.0, 420.0
+"""Areas of markers, in square points."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting on one task.
+
+    Attributes:
+        label: design and setting.
+        design: its name.
+        privacy: 1 - reconstruction, with its interval.
+        utility: with its interval.
+        num_bytes: a step; None if no record says.
+        by_design: the text is in the clear at an observer; nothing was attacked.
+    """
+
+    label: str
+    design: str
+    privacy: Estimate
+    utility: Estimate
+    num_bytes: float | None
+    by_design: bool
+
+
+def points_of(rows: Sequence[Row]) -> tuple[list[Point], list[str]]:
+    """The points of one task's rows, and why each other row has none."""
+    points: list[Point] = []
+    left_out: list[str] = []
+    for row in rows:
+        exposure = row.exposure
+        if isinstance(row.utility, Absent) or isinstance(exposure, Absent) or not math.isfinite(row.utility.value):
+            why = row.utility if isinstance(row.utility, Absent) else exposure_text(exposure)
+            left_out.append(f"{row.label} ({why})")
+            continue
+        low, high = exposure.estimate.low, exposure.estimate.high
+        privacy = Estimate(
+            1 - exposure.estimate.value,
+            None if high is None else 1 - high,
+            None if low is None else 1 - low,
+            exposure.estimate.n,
+            exposure.estimate.seeds,
+        )
+        num_bytes = row.cost.bytes_per_step if isinstance(row.cost, CostSummary) else None
+        points.append(Point(row.label, row.design, privacy, row.utility, num_bytes, exposure.by_design))
+    return points, left_out
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Points that no other beats, from the most useful to the most private."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p.privacy.value, -p.utility.value)):
+        if not best or point.utility.value > best[-1].utility.value or _same(point, best[-1]):
+            best.append(point)
+    return best[::-1]
+
+
+def _same(a: Point, b: Point) -> bool:
+    return (a.privacy.value, a.utility.value) == (b.privacy.value, b.utility.value)
+
+
+def described(rows: Sequence[Row]) -> str:
+    """The figure of one task in words."""
+    points, left_out = points_of(rows)
+    ahead = "; ".join(
+        f"{p.label}, utility {figure(p.utility.value)}, privacy {figure(p.privacy.value)}" for p in front(points)
+    )
+    rest = f" Not drawn: {'; '.join(left_out)}." if left_out else ""
+    return f"{len(points)} settings. On the front: {ahead or 'none'}.{rest}"
+
+
+def draw(tasks: Sequence[tuple[str, Sequence[Row]]], *, width: float = 6.4, paper: str | None = None) -> Any:
+    """One panel for each task's rows, side by side two at a time.
+
+    Args:
+        tasks: what a panel is of, and its rows.
+        width: of a panel, in inches.
+        paper: colour behind; None: transparent, for a page.
+    """
+    picture, panels = _figure(tasks, width, paper, numbered=False)
+    if any(place_labels(axes, anchors, [each.text for each in anchors]) is None for axes, anchors in panels):
+        picture, panels = _figure(tasks, width, paper, numbered=True)
+        for axes, anchors in panels:
+            place_labels(axes, anchors, [str(number) for number in range(1, len(anchors) + 1)], anywhere=True)
+    return picture
+
+
+def _figure(
+    tasks: Sequence[tuple[str, Sequence[Row]]], width: float, paper: str | None, *, numbered: bool
+) -> tuple[Any, list[tuple[Any, list[Anchor]]]]:
+    """The figure without labels, its layout settled, and what is to be labelled in each panel."""
+    columns = min(2, len(tasks))
+    lines = math.ceil(len(tasks) / columns)
+    most = max(len(rows) for _, rows in tasks) if numbered else 0
+    height = 5.4 + 0.2 * math.ceil(most / 2)
+    picture = new_figure(width * columns, height * lines, paper)
+    looks = looks_of([row.design for _, rows in tasks for row in rows])
+    panels = [
+        (axes, _panel(axes, name, rows, looks, numbered=numbered))
+        for index, (name, rows) in enumerate(tasks)
+        for axes in [picture.add_subplot(lines, columns, index + 1)]
+    ]
+    picture.canvas.draw()
+    picture.set_layout_engine("none")
+    return picture, panels
+
+
+def _panel(axes: Any, name: str, rows: Sequence[Row], looks: dict[str, Look], *, numbered: bool) -> list[Anchor]:
+    points, _ = points_of(rows)
+    dress(axes)
+    axes.set_title(verbatim(name), loc="left", color=INK, fontsize=12)
+    axes.set_xlabel("privacy (1 − strongest text reconstruction)", color=INK, fontsize=11)
+    metrics = " or ".join(dict.fromkeys(row.metric for row in rows if row.metric))
+    axes.set_ylabel(verbatim(f"utility ({metrics})"), color=INK, fontsize=11)
+    if not points:
+        axes.text(0.5, 0.5, "no setting has both figures", ha="center", color=INK, transform=axes.transAxes)
+        return []
+    _limits(axes, points)
+    _front_line(axes, points)
+    anchors = [_marker(axes, point, points, looks[point.design]) for point in points]
+    _legend(axes, points, anchors if numbered else ())
+    return anchors
+
+
+def _limits(axes: Any, points: Sequence[Point]) -> None:
+    """Room for every interval, and for labels."""
+    ends = [end for point in points for end in point.utility.bounds]
+    margin = 0.16 * max(max(ends) - min(ends), 0.05)
+    axes.set_xlim(-0.08, 1.08)
+    axes.set_ylim(min(ends) - margin, max(ends) + margin)
+
+
+def _front_line(axes: Any, points: Sequence[Point]) -> None:
+    """From the left edge to the bottom one: what is above and to the right of it, no setting reaches."""
+    ahead = front(points)
+    xs = [axes.get_xlim()[0], *(point.privacy.value for point in ahead), ahead[-1].privacy.value]
+    ys = [ahead[0].utility.value, *(point.utility.value for point in ahead), axes.get_ylim()[0]]
+    axes.step(xs, ys, where="pre", color=INK, linewidth=1.2, linestyle=(0, (5, 3)), alpha=0.6, zorder=2)
+
+
+def _marker(axes: Any, point: Point, points: Sequence[Point], look: Look) -> Anchor:
+    x, y = point.privacy.value, point.utility.value
+    (left, right), (low, high) = point.privacy.bounds, point.utility.bounds
+    axes.plot([left, right], [y, y], color=look.colour, linewidth=1.1, alpha=0.55, zorder=3)
+    axes.plot([x, x], [low, high], color=look.colour, linewidth=1.1, alpha=0.55, zorder=3)
+    area = marker_area(point.num_bytes, [each.num_bytes for each in points])
+    face = PAPER if point.by_design else look.colour
+    axes.scatter(
+        [x],
+        [y],
+        s=area,
+        marker=look.marker,
+        facecolor=face,
+        edgecolor=look.colour,
+        linewidth=1.5,
+        zorder=5 - area / (2 * LARGEST),
+    )
+    return Anchor(x, y, math.sqrt(area) / 2, point.label, look.colour)
+
+
+def marker_area(num_bytes: float | None, everyone: Sequence[float | None]) -> float:
+    """A marker's area, linear in the logarithm of its bytes; the smallest where there are none or no record."""
+    known = [math.log10(max(each, 1.0)) for each in everyone if each is not None]
+    if num_bytes is None or not known or max(known) == min(known):
+        return SMALLEST
+    share = (math.log10(max(num_bytes, 1.0)) - min(known)) / (max(known) - min(known))
+    return SMALLEST + share * (LARGEST - SMALLEST)
+
+
+def _legend(axes: Any, points: Sequence[Point], numbered: Sequence[Anchor]) -> None:
+    """What the smallest and the largest marker stand for, the other signs, and the names of numbered points."""
+    known = sorted(point.num_bytes for point in points if point.num_bytes is not None)
+    handles = [axes.plot([], [], color=INK, linewidth=1.2, linestyle=(0, (5, 3)), alpha=0.6, label="front")[0]]
+    if known and known[0] < known[-1]:
+        for value in (known[0], known[-1]):
+            area = marker_area(value, known)
+            text = f"{bytes_text(value)} a step"
+            handles.append(axes.scatter([], [], s=area, facecolor="none", edgecolor=INK, label=text))
+    if any(point.by_design for point in points):
+        label = "hollow: text in the clear by design"
+        handles.append(axes.scatter([], [], s=60, facecolor=PAPER, edgecolor=INK, linewidth=1.5, label=label))
+    for number, anchor in enumerate(numbered, 1):
+        handles.append(axes.plot([], [], linestyle="", label=verbatim(f"{number}  {anchor.text}"))[0])
+    axes.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.14),
+        ncols=2,
+        frameon=False,
+        fontsize=10,
+        labelcolor=INK,
+        borderpad=0.2,
+        columnspacing=1.6,
+    )
