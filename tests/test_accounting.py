@@ -13,9 +13,12 @@ from benchmarks import enclave_shares
 from veiltune.config import LoraConfig
 from veiltune.errors import ModelError, UserError
 from veiltune.models.accounting import lora_parameters, shares, tensor_placement
+from veiltune.models.cut import Cut
 from veiltune.models.family import Placement
 from veiltune.models.presets import random_config
+from veiltune.models.rotated import rotated_model
 from veiltune.models.trunk import HostTrunk
+from veiltune.models.veil_accounting import veil_placement, veil_shares
 
 PLACEMENTS: tuple[Placement, ...] = ("paper", "compact")
 # Tied and untied heads, biases, fused QKV, grouped queries, QK-norm with heads wider than the hidden state.
@@ -132,6 +135,77 @@ def test_local_has_no_enclave() -> None:
     assert counted.revealed_param_share == 1
     assert counted.flops == shares(config, "compact", 2, 9).flops - shares(config, "compact", 2, 9).mask_flops
     assert {(p.holder, p.is_masked) for p in tensor_placement(config, "compact", "local")} == {("host", False)}
+
+
+# --- veil -------------------------------------------------------------------------------------------------------------
+
+DEPTHS = (0, 1, 2)
+
+
+def deep(family: str) -> Any:
+    return random_config(f"{family}:3,{HIDDEN},4,384")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_veils_host_is_said_to_hold_what_its_trunk_has(family: str, depth: int) -> None:
+    """Under the plain names; a norm's constant is the image of 1, which is no parameter of the model."""
+    config = deep(family)
+    cut = Cut.of(config, depth, 0)
+    held = {
+        name.replace(".gain", ".weight")
+        for name, _ in rotated_model(config, cut).named_parameters()
+        if not name.endswith(".constant")
+    }
+    places = veil_placement(config, cut)
+    assert {place.name for place in places if place.holder == "host"} == held
+    assert {place.name for place in places} == {name for name, _ in real_model(config).named_parameters()}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3"])
+def test_veil_leaves_nothing_in_the_clear_iff_there_are_inner_maps(family: str) -> None:
+    config = deep(family)
+    cut = Cut.of(config, 1, 0)
+    assert veil_shares(config, cut, 1, 4).revealed_param_share == 0
+    bare = {
+        place.kind
+        for place in veil_placement(config, cut, inner=False)
+        if place.holder == "host" and not place.is_masked
+    }
+    assert bare <= {"attention input biases", "MLP input biases", "attention inner norms"}
+    assert bool(bare) == (family in {"gpt2", "opt", "qwen2", "qwen3", "gemma3"})
+    assert (veil_shares(config, cut, 1, 4, inner=False).clear_parameters > 0) == bool(bare)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_a_block_more_in_veils_enclave_is_a_block_of_work_more(family: str) -> None:
+    config, batch, length = deep(family), 2, 5
+    counted = [veil_shares(config, Cut.of(config, depth, 0), batch, length) for depth in DEPTHS]
+    plain = shares(config, "compact", batch, length, design="local")
+    block = (plain.linear_flops + plain.attention_flops) // 3
+    assert [each.enclave_flops - counted[0].enclave_flops for each in counted] == [0, block, 2 * block]
+    assert {each.mask_flops for each in counted} == {4 * HIDDEN**2 * batch * length}
+    assert counted[0].enclave_flops == plain.head_flops + counted[0].mask_flops
+    assert {each.flops - each.mask_flops for each in counted} == {plain.flops}
+    assert {each.crossings for each in counted} == {2}
+    assert counted[0].param_share < counted[1].param_share < counted[2].param_share < 1
+    top = veil_shares(config, Cut.of(config, 0, 1), batch, length)
+    assert (top.enclave_flops, top.enclave_parameters) == (counted[1].enclave_flops, counted[1].enclave_parameters)
+
+
+def test_veils_enclave_does_less_than_that_of_obfuscatune() -> None:
+    """Where the head is narrow beside the trunk, which is what counts: two maskings in all against four a block."""
+    config = random_config("gpt2-xl")
+    ours = veil_shares(config, Cut.of(config, 1, 0), 4, 128)
+    theirs = shares(config, "compact", 4, 128)
+    assert ours.flop_share < theirs.flop_share / 2
+    assert ours.param_share < 2 * theirs.param_share
+
+
+def test_an_empty_pass_under_veil_is_refused() -> None:
+    config = deep("gpt2")
+    with pytest.raises(UserError, match="0 x 1"):
+        veil_shares(config, Cut.of(config, 1, 0), 0, 1)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])

@@ -16,6 +16,7 @@ from veiltune.engine import Engine, ParameterBackend
 from veiltune.models.cut import Cut
 from veiltune.models.families import find_family
 from veiltune.models.precision import round_between_operations
+from veiltune.models.rotated import compute_norms_in_float64
 from veiltune.models.skeleton import compute_dtype, config_from_json, empty_model, resolve_device
 from veiltune.models.trainable import make_trainable
 from veiltune.models.trunk import make_optimizer
@@ -33,6 +34,10 @@ class LocalOptions(Section):
         default="all",
         description="blocks that are trained: all, the owner's under [cut], or its top ones (baselines of split designs)",
     )
+    norms: Literal["library", "precise"] = Field(
+        default="library",
+        description="precise: in float64 also RMSNorms, which transformers computes in float32 (baseline of veil)",
+    )
 
 
 def run_host(party: Party) -> None:
@@ -46,6 +51,8 @@ def run_host(party: Party) -> None:
     model = empty_model(model_config)
     receive_weights(party.links["provider"], model, dtype, device)
     family = find_family(model_config)
+    if dtype == torch.float64 and getattr(party.options, "norms", "library") == "precise":
+        compute_norms_in_float64(model, family)
     layers = trained_layers(config, model_config, party.options)
     parameters = make_trainable(model, family, layers, config.lora, config.train.method, dtype=dtype, device=device)
     if rounded:

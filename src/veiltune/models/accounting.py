@@ -36,11 +36,11 @@ from veiltune.models.families import find_family
 from veiltune.models.family import Family, Linear, Placement
 from veiltune.models.skeleton import empty_model
 
-Design = Literal["local", "obfuscatune"]
+Design = Literal["local", "obfuscatune", "veil"]
 Holder = Literal["enclave", "host", "owner", "provider"]
 
 DESIGNS: tuple[Design, ...] = ("local", "obfuscatune")
-"""Designs that are accounted for."""
+"""Designs that are accounted for here; `veil` is in `models.veil_accounting`."""
 
 _SEGMENT_TITLES = {"attention": "attention", "mlp": "MLP"}
 
@@ -72,7 +72,7 @@ class Shares:
 
     Attributes:
         design: which design.
-        placement: which placement of it.
+        placement: which placement of it, if it has any.
         batch: sequences in the pass.
         length: tokens a sequence.
         num_parameters: of the plain model.
@@ -86,12 +86,13 @@ class Shares:
         enclave_flops: what of the four falls to the enclave.
         key_elements: numbers in the enclave's keys, one dense matrix for each side of each segment (an orthogonal key's
             inverse is its transpose; other dense keys keep their inverse too, which doubles this).
-        lora_parameters_per_rank: numbers in the LoRA factors of every linear at rank 1, which are the host's.
+        lora_parameters_per_rank: numbers in the LoRA factors of every linear at rank 1, which are the host's (under `veil`
+            those of its trunk).
         crossings: messages with hidden states over the enclave's border, both ways together.
     """
 
     design: Design
-    placement: Placement
+    placement: Placement | None
     batch: int
     length: int
     num_parameters: int

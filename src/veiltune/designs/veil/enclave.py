@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from veiltune.designs.veil.backend import VeiledBackend
-from veiltune.designs.veil.options import VeilOptions
+from veiltune.designs.veil.options import VeilOptions, refuse_sandwich_norms
+from veiltune.designs.veil.protection import load_key, stream_key
+from veiltune.designs.veil.state import WeightsStore
 from veiltune.engine import Engine
-from veiltune.errors import ConfigError
+from veiltune.errors import CheckpointError, ConfigError
 from veiltune.models.adapters import adapted_linears, factor_dtype, initial_factors
 from veiltune.models.cut import Cut, owner_model
 from veiltune.models.precision import round_between_operations
@@ -21,7 +23,8 @@ from veiltune.models.skeleton import (
 from veiltune.models.trainable import make_trainable
 from veiltune.parties.enclaved import EnclaveSession
 from veiltune.parties.party import Party
-from veiltune.privacy.orthogonal import make_key
+from veiltune.parties.protected import ProtectionKey
+from veiltune.secrets import MasterSecret
 from veiltune.transport.messages import (
     ModelCard,
 )
@@ -34,8 +37,9 @@ class Enclave(EnclaveSession):
         if not isinstance(party.options, VeilOptions):
             raise TypeError(f"options of {party.config.design}, not of veil")
         self.options = party.options
+        self._protection: ProtectionKey | None = None
         super().__init__(party, card)
-        key = make_key("orthogonal", int(self.model_config.hidden_size), self.secret, "stream")
+        key = stream_key(self.model_config, self.secret)
         if self.rounded:
             key.use_bfloat16_grid()
         self.folding = Folding(
@@ -56,16 +60,32 @@ class Enclave(EnclaveSession):
     def refuse(self) -> None:
         """See `EnclaveSession.refuse`."""
         self.cut = Cut.of(self.model_config, self.options.enclave_layers, self.options.enclave_top_layers)
-        self._refuse_sandwich_norms()
+        refuse_sandwich_norms(self.options, self.family)
         self._refuse_dropout()
-
-    def _refuse_sandwich_norms(self) -> None:
-        """R⁻¹·diag(g)·R, which stands for a norm on what a branch adds, has the rows of R for eigenvectors."""
-        if self.options.sandwich_norms == "refuse" and any(segment.post_norm for segment in self.family.segments):
+        if self.options.protected is not None and self.rounded:
             raise ConfigError(
-                f"{self.family.name} norms what its branches add, and what stands for such a norm gives the rotation away",
-                hint="use obfuscatune, or set veil.sandwich_norms = 'open' to study it without that protection",
+                "a protected checkpoint cannot be used where bfloat16 is imitated, as on this device",
+                hint="set dtype = 'float32', and protect the model with --dtype float32",
             )
+
+    def _master_secret(self) -> MasterSecret:
+        """See `EnclaveSession._master_secret`; what is sealed is bound to the provider's weights, and so is a key from a file.
+
+        Raises:
+            CheckpointError: the key or the run to resume is of other weights.
+        """
+        self.store = WeightsStore.bind(self.store, self.card.fingerprint)
+        if self.options.protected is not None:
+            self._protection = load_key(self.options, self.card.fingerprint)
+        if self.party.job.resume_step is None and self._protection is not None:
+            return self._protection.master
+        secret = super()._master_secret()
+        if self._protection is not None and secret.reveal() != self._protection.master.reveal():
+            raise CheckpointError(
+                f"{self.options.protected!r} was protected again since this run began",
+                hint="start anew with --overwrite",
+            )
+        return secret
 
     def _refuse_dropout(self) -> None:
         """A dropout of single channels does not commute with a rotation; one of all or none of them does."""
@@ -95,10 +115,14 @@ class Enclave(EnclaveSession):
             "bottom_layers": self.cut.bottom_layers,
             "top_layers": self.cut.top_layers,
             "optimizer_at": self.options.optimizer_at,
+            "protected": None if self._protection is None else self._protection.manifest,
         }
 
     def divide(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `EnclaveSession.divide`: the host gets its tensors folded and rotated."""
+        """See `EnclaveSession.divide`: the host gets its tensors folded and rotated, unless it has them from its disk.
+
+        Then the trunk's norms alone are wanted here: the maps of LoRA factors have their gains in them.
+        """
         trunk: dict[str, Tensor] = {}
         for name, stored in tensors.items():
             value = stored.to(self.dtype)
@@ -109,7 +133,10 @@ class Enclave(EnclaveSession):
                     self._shapes[path] = self.family.fan(value)
             else:
                 assign_parameter(self.model, name, value.to(self.device))
-        return self.folding.fold(trunk)
+        if self._protection is None:
+            return self.folding.fold(trunk)
+        self.folding.fold({n: v for n, v in trunk.items() if n.rpartition(".")[0] not in self.folding.linears})
+        return {}
 
     def engine(self) -> Engine:
         """See `EnclaveSession.engine`: factors are here and on the host."""

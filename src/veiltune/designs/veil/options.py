@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from veiltune.config import Section
+from veiltune.errors import ConfigError
+from veiltune.models.family import Family
 
 
 class VeilOptions(Section):
@@ -32,3 +34,24 @@ class VeilOptions(Section):
     key_seed: int | None = Field(
         default=None, description="reproducible keys, for tests only; unset: from the system's randomness"
     )
+    protected: str | None = Field(
+        default=None,
+        description="directory of veiltune protect: the host takes its trunk from there instead of from the enclave",
+    )
+    key: str | None = Field(
+        default=None,
+        description="the key of protected; unset: where veiltune protect leaves it, DIR.enclave/protection.key",
+    )
+
+
+def refuse_sandwich_norms(options: VeilOptions, family: Family) -> None:
+    """R⁻¹·diag(g)·R, which stands for a norm on what a branch adds, has the rows of R for eigenvectors.
+
+    Raises:
+        ConfigError: the family has such norms, and the options do not allow them.
+    """
+    if options.sandwich_norms == "refuse" and any(segment.post_norm for segment in family.segments):
+        raise ConfigError(
+            f"{family.name} norms what its branches add, and what stands for such a norm gives the rotation away",
+            hint="use obfuscatune, or set veil.sandwich_norms = 'open' to study it without that protection",
+        )

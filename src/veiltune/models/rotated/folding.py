@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,11 +67,25 @@ class Folding:
         self.writes = Writes(self.stream)
         self._norms: dict[str, _Norm] = {}
         self._reads: dict[str, Reads] = {}
-        self._inner = {block: self._draw(config, secret, block, inner=inner) for block in cut.trunk}
+        self._draw = partial(self._drawn, config, secret, inner=inner)
+        self._inner: dict[int, InnerMaps] = {}
         linears = [linear for linear in self.family.linears(cut.num_layers) if linear.block in cut.trunk]
         self.linears = {linear.path: linear for linear in linears}
 
-    def _draw(self, config: Any, secret: MasterSecret, block: int, *, inner: bool) -> InnerMaps:
+    def _maps_inside(self, block: int) -> InnerMaps:
+        """Those of one block, drawn when they are first wanted."""
+        if block not in self._inner:
+            self._inner[block] = self._draw(block)
+        return self._inner[block]
+
+    def release(self, block: int) -> None:
+        """Free what is kept of one block. Its maps would be drawn again; what came of its norms would have to come again."""
+        self._inner.pop(block, None)
+        for kept in (self._norms, self._reads):
+            for path in [path for path in kept if path.startswith(f"{self.family.blocks}.{block}.")]:
+                del kept[path]
+
+    def _drawn(self, config: Any, secret: MasterSecret, block: int, *, inner: bool) -> InnerMaps:
         if not inner:
             return no_inner_maps(self.family)
         rows, columns = self._parameters[f"{self.family.mlp.output}.weight"]
@@ -96,7 +111,7 @@ class Folding:
         Raises:
             ModelError: the norm it reads has not come whole.
         """
-        path, inner = self.local_path(linear), self._inner[linear.block]
+        path, inner = self.local_path(linear), self._maps_inside(linear.block)
         if linear.side == "output":
             return inner.inputs[path], self.writes
         return self._reader(f"{self.family.blocks}.{linear.block}.{self._segment(linear).norm}"), inner.outputs[path]
@@ -153,11 +168,10 @@ class Folding:
 
     def _fold_linear(self, path: str, leaf: str, value: Tensor) -> dict[str, Tensor]:
         input_map, output_map = self.maps(self.linears[path])
-        exact = value.to("cpu", torch.float64)
         if leaf == "bias":
-            return {f"{path}.bias": output_map.apply(exact[None])[0]}
-        columns = exact.T if self.family.weights_in_out else exact
-        rows = output_map.apply(input_map.apply(columns).T)
+            return {f"{path}.bias": output_map.apply(value.to("cpu", torch.float64)[None])[0]}
+        columns = value.T if self.family.weights_in_out else value
+        rows = output_map.apply(input_map.apply(columns.to("cpu", torch.float64)).T)
         return {f"{path}.weight": rows if self.family.weights_in_out else rows.T}
 
     def _fold_norm(self, path: str, leaf: str, value: Tensor) -> dict[str, Tensor]:
@@ -166,7 +180,7 @@ class Folding:
         if any(local == segment.post_norm for segment in self.family.segments):
             return {f"{path}.gain": self.stream.sandwich(exact + self._offset)}
         if local in self.family.attention.exposed:
-            factor = self._inner[int(block)].qk_gains.get(local)
+            factor = self._maps_inside(int(block)).qk_gains.get(local)
             gain = exact + self._offset
             return {f"{path}.gain": gain if factor is None else gain * factor}
         if all(local != segment.norm for segment in self.family.segments):
@@ -184,7 +198,7 @@ class Folding:
 
     def inner_output(self, linear: Linear) -> InnerMap | None:
         """The inner map on the output of an input-side linear, for tests; ``None`` for others."""
-        return self._inner[linear.block].outputs.get(self.local_path(linear))
+        return self._maps_inside(linear.block).outputs.get(self.local_path(linear))
 
 
 def trunk_norms(block: nn.Module, segments: tuple[Segment, ...]) -> list[tuple[str, str]]:
