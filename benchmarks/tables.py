@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import claims
 from benchmarks._record import RESULTS, Row
 
 ROOT = Path(__file__).parent.parent
@@ -202,6 +203,26 @@ def protect_memory() -> str:
     return _markdown(["model", "checkpoint", "a block", "provider", "enclave", "host", "all at once, at worst"], lines)
 
 
+def claims_exact() -> str:
+    """Errors beside their bounds."""
+    return claims.exact(rows_of, _markdown)
+
+
+def ancestry() -> str:
+    """The pre-flight's calibration."""
+    return claims.ancestry(rows_of, _markdown)
+
+
+def claims_attacks() -> str:
+    """What attacks got."""
+    return claims.attacks(rows_of, _markdown)
+
+
+def claims_not_protected() -> str:
+    """What designs hand out."""
+    return claims.not_protected(_markdown)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
@@ -215,6 +236,10 @@ TABLES: dict[str, Callable[[], str]] = {
         condition_number,
         enclave_shares,
         protect_memory,
+        claims_exact,
+        ancestry,
+        claims_attacks,
+        claims_not_protected,
     )
 }
 

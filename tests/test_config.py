@@ -314,6 +314,7 @@ OTHER: dict[str, Any] = {
     "evaluate.limit": 3,
     "evaluate.before": True,
     "enclave.allow_simulated": True,
+    "peers": [{"role": "owner", "key": "spki-sha256:" + 64 * "0"}],
     "obfuscatune.matrix": "gaussian",
     "obfuscatune.placement": "paper",
     "obfuscatune.optimizer_at": "host",
@@ -324,6 +325,10 @@ OTHER: dict[str, Any] = {
 OWN: dict[str, Any] = {
     "output": "elsewhere",
     "device": "cpu",
+    "identity.key": "owner.key",
+    "provider.public_ancestors": ["random:llama"],
+    "provider.allow_public_ancestor": True,
+    "provider.ancestor_blocks": 2,
     "session.processes": False,
     "session.link": "tcp",
     "session.record": ["host"],

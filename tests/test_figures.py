@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks import tables
+import pytest
+
+from benchmarks import claims, tables
+from benchmarks._record import Row
+from veiltune.designs import DESIGNS
 
 
 def test_pages_show_the_committed_results() -> None:
@@ -15,3 +19,57 @@ def test_a_changed_figure_is_found() -> None:
     assert "made up" not in made
     assert "GPT-2" in made or "gpt2" in made
     assert tables.rendered(made) == made
+
+
+FOUND: Row = {
+    "attack": "vocabulary_matching",
+    "observer": "provider",
+    "design": "online",
+    "setting": "int8",
+    "metric": "rougeL",
+    "value": 0.87,
+    "ci95": [0.8, 0.91],
+    "leaky_control": 0.99,
+    "shuffled_control": 0.05,
+}
+
+
+def attacks_of(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> str:
+    monkeypatch.setattr(tables, "rows_of", lambda _: rows)
+    return tables.claims_attacks()
+
+
+def test_unmeasured_attacks_are_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "No attack has been measured" in attacks_of(monkeypatch, [])
+    assert "No attack has been measured" not in attacks_of(monkeypatch, [FOUND])
+
+
+def test_an_attack_is_shown_with_interval_and_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [{**FOUND, "metric": "bag_f1", "value": 0.11}, {**FOUND, "metric": "token_recovery", "value": 0.22}]
+    made = attacks_of(monkeypatch, [*others, FOUND])
+    assert "0.87 (0.80–0.91) | 0.99 | 0.05" in made
+    assert "0.11" not in made, "a lesser metric beside the headline"
+    assert "0.22 (" in attacks_of(monkeypatch, others), "the next metric where there is no ROUGE-L"
+
+
+def test_a_withheld_attack_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = attacks_of(monkeypatch, [{"attack": "x", "setting": "s", "withheld": "the leaky control failed"}])
+    assert "withheld | the leaky control failed" in made
+
+
+def test_errors_stand_beside_their_bounds_and_one_beyond_is_marked() -> None:
+    row = {"design": "obfuscatune", "matrix": "orthogonal", "condition_number": 1.0, "dtype": "float32"}
+    for error, verdict in ((1e-6, "| within |"), (1e-2, "**beyond**")):
+        made = claims.exact(lambda _, e=error: [{**row, "logit_error": e}], tables._markdown)
+        assert verdict in made
+    coarse = claims.exact(lambda _: [{**row, "dtype": "bfloat16", "logit_error": 0.1}], tables._markdown)
+    assert "void" in coarse
+
+
+def test_what_is_not_protected_is_the_designs_own_table() -> None:
+    made = tables.claims_not_protected()
+    for name, design in DESIGNS.items():
+        for observer in {"host", "provider"} & set(design.reveals):
+            for reveal in design.reveals[observer].values():
+                assert (reveal.what in made) or reveal.form != "clear", (name, observer)
+    assert "Q, K and V" in made

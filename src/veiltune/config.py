@@ -12,11 +12,12 @@ import json
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from veiltune.errors import ConfigError, nearest
+from veiltune.peers import IdentityConfig, PeerConfig
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -101,6 +102,18 @@ class EnclaveConfig(Section):
     allow_simulated: bool = Field(default=False, description="accept a simulated enclave, which protects nothing")
 
 
+class ProviderConfig(Section):
+    """The provider's own precautions before it hands masked weights to a host."""
+
+    public_ancestors: tuple[str, ...] = Field(
+        default=(), description="public models that this one may descend from: hub ids, paths, package:… as for model"
+    )
+    allow_public_ancestor: bool = Field(
+        default=False, description="go on although the host can recover keys and weights from an ancestor"
+    )
+    ancestor_blocks: int = Field(default=8, ge=1, description="blocks that are compared, evenly spaced")
+
+
 class SessionConfig(Section):
     """How the parties of this machine are started and linked."""
 
@@ -140,7 +153,10 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     enclave: EnclaveConfig = EnclaveConfig()
+    provider: ProviderConfig = ProviderConfig()
     session: SessionConfig = SessionConfig()
+    identity: IdentityConfig = IdentityConfig()
+    peers: tuple[PeerConfig, ...] = Field(default=(), description="which key may act in which role")
     design_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -151,7 +167,9 @@ class Config(Section):
 
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of what all parties must agree on (hex)."""
-        agreed = self.model_dump(mode="json", exclude={"output", "session", "device"})
+        agreed = self.model_dump(mode="json", exclude={"output", "provider", "session", "device", "identity"})
+        if not self.peers:  # a run without keys keeps the fingerprint it had before there were any
+            del agreed["peers"]
         text = json.dumps(agreed, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -194,6 +212,21 @@ def load_config(
         for name, table in tables.items()
     }
     return _validated(Config, raw, prefix="")
+
+
+def load_section(source: Path | Mapping[str, Any], model: type[T], *, prefix: str = "") -> T:
+    """Read and check what is no run's configuration, or one table of it.
+
+    Args:
+        source: a TOML file, or a mapping of the same shape.
+        model: its form.
+        prefix: stands before the keys in messages: ``attacks.mine.``.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key, or a value out of range.
+    """
+    raw = _read_toml(source) if isinstance(source, Path) else source
+    return _validated(model, raw, prefix=prefix)
 
 
 def _design_tables(raw: dict[str, Any], options: Collection[str]) -> dict[str, Any]:
@@ -245,7 +278,8 @@ def _validated(model: type[T], raw: Any, *, prefix: str) -> T:
 
 
 def _as_config_error(model: type[BaseModel], error: ValidationError, prefix: str) -> ConfigError:
-    first = error.errors()[0]
+    errors = error.errors()  # a key that is lacking may be there under a name that is unknown: say that first
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     where = prefix + _key(first["loc"])
     if first["type"] == "extra_forbidden":
         table = _model_at(model, first["loc"][:-1])
@@ -255,9 +289,7 @@ def _as_config_error(model: type[BaseModel], error: ValidationError, prefix: str
         )
     if first["type"] == "missing":
         return ConfigError(f"the configuration lacks {where!r}", hint=f"add {where} = …")
-    messages = [
-        each["msg"].removeprefix("Value error, ") for each in error.errors() if prefix + _key(each["loc"]) == where
-    ]
+    messages = [each["msg"].removeprefix("Value error, ") for each in errors if prefix + _key(each["loc"]) == where]
     said, _, hint = " or ".join(messages).partition("; ")
     if not first["loc"]:  # a check of the whole table
         return ConfigError(f"{prefix.rstrip('.') or 'configuration'}: {said}", hint=hint or "correct the value")
@@ -271,7 +303,10 @@ def _key(location: Sequence[int | str]) -> str:
 
 def _model_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
     for part in path:
+        if isinstance(part, int):
+            continue  # an entry of a list, whose model was found by the list's name
         annotation = model.model_fields[str(part)].annotation
+        annotation = next(iter(get_args(annotation)), annotation)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             break
         model = annotation

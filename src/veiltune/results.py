@@ -146,9 +146,11 @@ class Labels(Record):
     Attributes:
         reproducible_secrets: keys were drawn from a seed, so whoever has the seed has the keys.
         bfloat16: ``rounded`` between float32 operations, ``native`` arithmetic, or None if another dtype was used.
+        public_ancestors: what the provider found when it held the weights against public ones, by their names.
     """
 
     reproducible_secrets: bool = False
+    public_ancestors: dict[str, str] = {}
     bfloat16: Literal["rounded", "native"] | None = None
 
 
@@ -315,13 +317,7 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-_DISTRIBUTIONS: Mapping[str, str] = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "peft": "peft",
-    "lm_eval": "lm-eval",
-    "datasets": "datasets",
-}
+_DISTRIBUTIONS = {name: name.replace("_", "-") for name in ("torch", "transformers", "peft", "lm_eval", "datasets")}
 
 
 def versions() -> dict[str, str]:

@@ -17,6 +17,7 @@ from veiltune.models.family import Family
 from veiltune.models.skeleton import DTYPES, assign_parameter, empty_model, require_complete
 from veiltune.models.sources import check_memory, resolve_config, resolve_model
 from veiltune.parties.party import Party
+from veiltune.parties.preflight import check_ancestors
 from veiltune.transport.channel import Channel
 from veiltune.transport.messages import Acknowledged, Goodbye, ModelCard, TokenizerFiles, WeightShard
 
@@ -107,14 +108,16 @@ def open_checkpoint(party: Party) -> Checkpoint:
 
 
 def provide(party: Party, trainer: str, *, attested: bool) -> None:
-    """Run the provider: check the enclave, hand the tokenizer to the owner, stream the weights to ``trainer``.
+    """Run the provider: see that no public ancestor gives the keys away, check the enclave, hand the tokenizer to the owner, stream the weights to ``trainer``.
 
     Raises:
-        ModelError: the source cannot be used, holds values that are not finite, or does not fit this machine's memory.
+        ModelError: the source cannot be used, holds values that are not finite, does not fit this machine's memory, or
+            descends from a public model (see `preflight`).
     """
     checkpoint = open_checkpoint(party)
     family = find_family(checkpoint.config)
     if attested:
+        check_ancestors(party, checkpoint)
         party.require_enclave(trainer)
     card = model_card(checkpoint, probe=party.job.verb == "probe")
     party.links["owner"].send(card)

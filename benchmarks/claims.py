@@ -1,0 +1,124 @@
+"""The blocks of the claims page that no other page has: exactness beside its bound, attacks, and what each design hands out.
+
+See `benchmarks.tables` for how blocks get into pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks._record import Row
+from veiltune.designs import DESIGNS
+from veiltune.privacy.bounds import error_bound, product_bound
+
+Rows = Callable[[str], list[Row]]
+Markdown = Callable[[list[str], list[list[str]]], str]
+
+WIDTH, PRODUCTS = 576, 4 * 30
+"""Of the model that `condition_number` is measured on, SmolLM2-135M: hidden width, protected products one behind the other."""
+NOTHING_MEASURED = (
+    "*No attack has been measured in a committed benchmark yet. Until one is, nothing on this page says that any design hides a "
+    "text or a weight from whoever receives its messages.*"
+)
+HEADLINES = ("rougeL", "token_recovery", "weight_cosine", "state_cosine")
+"""Metrics that are shown, where a row has them: of an attack the first."""
+
+
+def exact(rows_of: Rows, markdown: Markdown) -> str:
+    """Measured errors beside c·κ·eps, by design."""
+    measured = [row for row in rows_of("condition_number") if row["design"] != "local" and row["condition_number"]]
+    lines: list[list[str]] = []
+    for row in measured:
+        eps = torch.finfo({"float32": torch.float32, "bfloat16": torch.bfloat16}[row["dtype"]]).eps
+        bound = error_bound("logits", product_bound(WIDTH, row["condition_number"], eps), products=PRODUCTS)
+        verdict = "**beyond**" if row["logit_error"] > bound else "within" if bound < 1 else "void: the bound exceeds 1"
+        lines.append(
+            [
+                f"`{row['design']}`",
+                row["matrix"],
+                f"{row['condition_number']:.0f}",
+                row["dtype"],
+                f"{row['logit_error']:.1e}",
+                f"{bound:.1e}",
+                verdict,
+            ]
+        )
+    return markdown(["design", "key", "κ", "dtype", "largest error of logits", "c·κ·eps", ""], lines)
+
+
+def ancestry(rows_of: Rows, markdown: Markdown) -> str:
+    """How far apart unrelated and related weights lie in the pre-flight's measure, over all kinds of key."""
+    rows = rows_of("ancestry")
+    lines: list[list[str]] = []
+    for relation in dict.fromkeys(row["relation"] for row in rows):
+        group = [row for row in rows if row["relation"] == relation]
+        count, low, high = (
+            sum(row["n"] for row in group),
+            min(row["excess_low"] for row in group),
+            max(row["excess_high"] for row in group),
+        )
+        residual, error = (
+            sum(row["n"] * row[name] for row in group) / count for name in ("residual_mean", "weight_error_mean")
+        )
+        aligned = f"{sum(row['aligned'] for row in group)} of {count}"
+        lines.append([relation, f"{low:.2f} to {high:.2f}", f"{residual:.2f}", f"{100 * error:.1f}%", aligned])
+    return markdown(
+        ["the other weights", "excess", "residual", "error of recovered weights", "keys called aligned"], lines
+    )
+
+
+def attacks(rows_of: Rows, markdown: Markdown) -> str:
+    """What attacks got, with both controls; a sentence where nothing was measured."""
+    rows = rows_of("attacks")
+    if not rows:
+        return NOTHING_MEASURED
+    lines: list[list[str]] = []
+    for row in _headlines(rows):
+        heading = [
+            f"`{row.get('design', '–')}`",
+            str(row.get("setting", "–")),
+            str(row.get("observer", "–")),
+            row["attack"],
+        ]
+        if "withheld" in row:
+            lines.append([*heading, "withheld", row["withheld"], "–", "–"])
+            continue
+        ends = row["ci95"]
+        interval = "" if ends is None else f" ({ends[0]:.2f}–{ends[1]:.2f})"
+        controls = [f"{row[name]:.2f}" for name in ("leaky_control", "shuffled_control")]
+        lines.append([*heading, row["metric"], f"{row['value']:.2f}{interval}", *controls])
+    return markdown(["design", "setting", "observer", "attack", "metric", "value (95%)", "leaky", "shuffled"], lines)
+
+
+def _headlines(rows: list[Row]) -> list[Row]:
+    """One row an attack, design and setting: its first metric of `HEADLINES`, or the reason why it has none."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(str(row.get(name)) for name in ("design", "setting", "observer", "attack")), []).append(
+            row
+        )
+    chosen: list[Row] = []
+    for group in groups.values():
+        by_metric = {row.get("metric"): row for row in group}
+        found = next((by_metric[metric] for metric in HEADLINES if metric in by_metric), None)
+        chosen.append(found or group[0])
+    return chosen
+
+
+def not_protected(markdown: Markdown) -> str:
+    """What every design hands to host or provider readable, from the tables that channels enforce."""
+    lines = [
+        [f"`{name}`", who, "; ".join(readable)]
+        for name, design in DESIGNS.items()
+        for who in ("host", "provider")
+        if who in design.reveals
+        and (
+            readable := [
+                *(reveal.what for reveal in design.reveals[who].values() if reveal.form == "clear"),
+                *design.also_sees.get(who, ()),
+            ]
+        )
+    ]
+    return markdown(["design", "observer", "has, readable or by what it computes itself"], lines)

@@ -1,0 +1,37 @@
+"""Before masked weights go anywhere: does a public model give their keys away?
+
+*Reveals.* Nothing: both models are read by the provider alone. What it finds goes to its own user and into the run's record.
+
+*Bound.* It answers for the ancestors it was given, and for weights of the same shape; see `models.ancestry` for the rest.
+"""
+
+from __future__ import annotations
+
+from veiltune.errors import ModelError
+from veiltune.models.ancestry import AncestorCheck, check_ancestor
+from veiltune.models.checkpoint import Checkpoint
+from veiltune.models.sources import resolve_model
+from veiltune.parties.party import Party
+
+
+def check_ancestors(party: Party, checkpoint: Checkpoint) -> list[AncestorCheck]:
+    """Hold the model against every public ancestor of the configuration; each finding is reported and recorded.
+
+    Raises:
+        ModelError: it is aligned with one, and ``provider.allow_public_ancestor`` is false; or an ancestor cannot be had.
+    """
+    settings = party.config.provider
+    found: list[AncestorCheck] = []
+    for source in settings.public_ancestors:
+        check = check_ancestor(checkpoint, resolve_model(source), blocks=settings.ancestor_blocks)
+        party.report("ancestor", {"ancestor": source, "verdict": check.verdict, "what": str(check)})
+        found.append(check)
+    party.figures["public_ancestors"] = {check.ancestor: check.verdict for check in found}
+    aligned = [check for check in found if check.verdict == "aligned"]
+    if aligned and not settings.allow_public_ancestor:
+        raise ModelError(
+            f"nothing was sent: {checkpoint.source!r} is {aligned[0]}",
+            hint="the host could recover keys, weights and text; provision another model, or accept it with "
+            "provider.allow_public_ancestor = true",
+        )
+    return found
