@@ -25,6 +25,7 @@ from veiltune.parties.party import Job
 from veiltune.privacy.alignment import ALIGNED_EXCESS, Alignment, align
 from veiltune.privacy.orthogonal import make_key
 from veiltune.secrets import MasterSecret
+from veiltune.session.protection import protect_model
 
 D, N = 48, 144
 DISTANCES = (0.0, 0.01, 0.1, 0.5)
@@ -300,3 +301,13 @@ def test_options_of_a_model_are_refused_of_a_run(capsys: pytest.CaptureFixture[s
     ran = veiltune("inspect", str(directory), "--placement", "paper")
     assert ran.code == 2
     assert "is a run" in ran.err
+
+
+def test_no_checkpoint_is_protected_that_an_ancestor_opens(tmp_path: Path) -> None:
+    ancestor = model("noise0.1", noisy(0.1), seed=1)
+    named = f'provider.public_ancestors=["{ancestor}"]'
+    with pytest.raises(VeiltuneError, match="nothing was sent"):
+        protect_model(model("plain", same), tmp_path / "made", overrides=[named])
+    assert not (tmp_path / "made").exists()
+    allowed = [named, "provider.allow_public_ancestor=true"]
+    assert protect_model(model("plain", same), tmp_path / "made", overrides=allowed).shards > 0

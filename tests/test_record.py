@@ -10,9 +10,12 @@ import pytest
 import helpers
 from veiltune.config import Config
 from veiltune.evaluation import result_of
-from veiltune.evaluation.record import labels_of
+from veiltune.evaluation.record import count_shares, labels_of
 from veiltune.models.accounting import shares
+from veiltune.models.cut import Cut
+from veiltune.models.families import find_family
 from veiltune.models.sources import resolve_config
+from veiltune.models.veil_accounting import veil_placement
 from veiltune.results import Exactness
 from veiltune.session import Outcome
 
@@ -144,4 +147,20 @@ def test_what_is_counted_in_the_enclave_is_what_it_holds(model: str, placement: 
     found = helpers.run(config, "provision")
     counted = shares(resolve_config(config.model), placement, 1, 8)  # pyrefly: ignore
     assert found.owner["engine"]["enclave_parameters"] == counted.enclave_parameters
+    assert found.owner["model"]["num_parameters"] == counted.num_parameters
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_what_is_counted_in_the_enclave_of_veil_is_what_it_holds(model: str, layers: int, tmp_path: Path) -> None:
+    """Its own count leaves out the gains and biases of the trunk's norms, which it keeps to map factors with."""
+    config = helpers.make_config("veil", model, tmp_path, veil={"enclave_layers": layers})
+    found = helpers.run(config, "provision")
+    counted, plain = count_shares(config, 8), resolve_config(config.model)
+    cut, family = Cut.of(plain, layers, 0), find_family(plain)
+    trunk = [place for place in veil_placement(plain, cut) if cut.holds(family, place.name) == "trunk"]
+    folded = sum(place.num_parameters for place in trunk if place.holder == "enclave")
+    assert counted is not None
+    assert folded > 0
+    assert found.owner["engine"]["enclave_parameters"] == counted.enclave_parameters - folded
     assert found.owner["model"]["num_parameters"] == counted.num_parameters

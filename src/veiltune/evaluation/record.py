@@ -14,9 +14,11 @@ from veiltune.config import Config
 from veiltune.designs import DESIGNS, Design
 from veiltune.models.accounting import DESIGNS as ACCOUNTED
 from veiltune.models.accounting import Shares, shares
+from veiltune.models.cut import Cut
 from veiltune.models.family import Placement
 from veiltune.models.skeleton import resolve_device
 from veiltune.models.sources import resolve_config
+from veiltune.models.veil_accounting import veil_shares
 from veiltune.results import (
     Answer,
     Cost,
@@ -80,7 +82,9 @@ def result_of(
         exactness=exactness or Exactness(),
         cost=_cost(config, outcome, history, length),
         simulated_enclave=is_simulated(outcome),
-        labels=labels_of(config),
+        labels=labels_of(config).model_copy(
+            update={"public_ancestors": outcome.figures.get("provider", {}).get("public_ancestors", {})}
+        ),
         answers=_answers(owner),
     )
 
@@ -121,9 +125,13 @@ def labels_of(config: Config) -> Labels:
 
 def count_shares(config: Config, length: int) -> Shares | None:
     """The enclave's shares for the run's batch and this length; ``None`` for a design that is not accounted for."""
-    if config.design not in ACCOUNTED:
+    if config.design not in (*ACCOUNTED, "veil"):
         return None
     options: Any = design_options(DESIGNS[config.design], config.design_options)
+    if config.design == "veil":
+        model_config = resolve_config(config.model)
+        cut = Cut.of(model_config, options.enclave_layers, options.enclave_top_layers)
+        return veil_shares(model_config, cut, config.train.batch_size, length, inner=options.inner)
     placement: Placement = getattr(options, "placement", "compact")
     return shares(resolve_config(config.model), placement, config.train.batch_size, length, design=config.design)
 

@@ -7,26 +7,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from veiltune.config import ProviderConfig
 from veiltune.errors import ModelError
 from veiltune.models.ancestry import AncestorCheck, check_ancestor
 from veiltune.models.checkpoint import Checkpoint
 from veiltune.models.sources import resolve_model
-from veiltune.parties.party import Party
 
 
-def check_ancestors(party: Party, checkpoint: Checkpoint) -> list[AncestorCheck]:
-    """Hold the model against every public ancestor of the configuration; each finding is reported and recorded.
+def check_ancestors(
+    settings: ProviderConfig, checkpoint: Checkpoint, report: Callable[[str, dict[str, Any]], None]
+) -> list[AncestorCheck]:
+    """Hold the model against every public ancestor of the configuration, and report each finding.
 
     Raises:
         ModelError: it is aligned with one, and ``provider.allow_public_ancestor`` is false; or an ancestor cannot be had.
     """
-    settings = party.config.provider
     found: list[AncestorCheck] = []
     for source in settings.public_ancestors:
         check = check_ancestor(checkpoint, resolve_model(source), blocks=settings.ancestor_blocks)
-        party.report("ancestor", {"ancestor": source, "verdict": check.verdict, "what": str(check)})
+        report("ancestor", {"ancestor": source, "verdict": check.verdict, "what": str(check)})
         found.append(check)
-    party.figures["public_ancestors"] = {check.ancestor: check.verdict for check in found}
     aligned = [check for check in found if check.verdict == "aligned"]
     if aligned and not settings.allow_public_ancestor:
         raise ModelError(

@@ -108,7 +108,7 @@ def open_checkpoint(party: Party) -> Checkpoint:
 
 
 def provide(party: Party, trainer: str, *, attested: bool) -> None:
-    """Run the provider: see that no public ancestor gives the keys away, check the enclave, hand the tokenizer to the owner, stream the weights to ``trainer``.
+    """Run the provider: look for public ancestors, check the enclave, hand over tokenizer (owner) and weights (``trainer``).
 
     Raises:
         ModelError: the source cannot be used, holds values that are not finite, does not fit this machine's memory, or
@@ -117,7 +117,8 @@ def provide(party: Party, trainer: str, *, attested: bool) -> None:
     checkpoint = open_checkpoint(party)
     family = find_family(checkpoint.config)
     if attested:
-        check_ancestors(party, checkpoint)
+        checks = check_ancestors(party.config.provider, checkpoint, party.report)
+        party.figures["public_ancestors"] = {check.ancestor: check.verdict for check in checks}
         party.require_enclave(trainer)
     card = model_card(checkpoint, probe=party.job.verb == "probe")
     party.links["owner"].send(card)

@@ -13,6 +13,7 @@ from veiltune.designs.veil.protection import protection_plan as veil_plan
 from veiltune.errors import ConfigError, nearest
 from veiltune.models.sources import resolve_model
 from veiltune.parties.party import peak_rss_bytes
+from veiltune.parties.preflight import check_ancestors
 from veiltune.parties.protected import Plan, default_key_path, protect
 from veiltune.session.party_main import design_options
 
@@ -73,7 +74,7 @@ def protect_model(
 
     Raises:
         ConfigError: the design cannot, or its options do not fit.
-        ModelError: the model cannot be used.
+        ModelError: the model cannot be used, or descends from one of ``provider.public_ancestors``.
         CheckpointError: the directory holds something else, or the disk is full.
     """
     if design not in PROTECTORS:
@@ -82,6 +83,7 @@ def protect_model(
     raw = {"design": design, "model": model, "output": str(directory)}
     config = load_config(raw, overrides=overrides, options=tables)
     checkpoint = resolve_model(model)
+    check_ancestors(config.provider, checkpoint, on_event)
     options = design_options(DESIGNS[design], config.design_options)
     plan = PROTECTORS[design](checkpoint.config, options, dtype=dtype)
     key = key or default_key_path(directory)

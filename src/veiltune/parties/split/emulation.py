@@ -14,7 +14,8 @@ from veiltune.examples import tokenize
 from veiltune.models.bottom import Bottom
 from veiltune.models.cache import cache_root
 from veiltune.models.checkpoint import Checkpoint
-from veiltune.models.cut import Cut, PassThrough, owner_model, trunk_model
+from veiltune.models.cut import Cut, owner_model
+from veiltune.models.emulators.blocks import as_trunk
 from veiltune.models.emulators.build import TrunkSource, build_emulator
 from veiltune.models.emulators.card import Emulator
 from veiltune.models.emulators.distil import Distillation, Runner, States, token_batches
@@ -104,7 +105,7 @@ class Emulation:
     def _distillation(self) -> Distillation:
         """The trunk as teacher, and states that the bottom makes of public text."""
         config = self.checkpoint.config
-        family, server = find_family(config), self._server()
+        server = self._server()
         parameter = next(server.trunk.model.parameters())
         bottom = self._bottom(parameter.dtype, parameter.device)
         draw = token_batches(self.options, int(config.vocab_size), self._text())
@@ -114,16 +115,7 @@ class Emulation:
                 return server.trunk.forward(hidden, mask, None, None, training=False)
 
         def student(blocks: dict[int, nn.Module]) -> Runner:
-            model = trunk_model(config, self.cut)
-            slots = model.get_submodule(family.blocks)
-            for slot in self.cut.trunk:
-                setattr(slots, str(slot), blocks.get(slot) or PassThrough(slot))
-            decoder: Any = model.get_submodule(family.decoder)
-
-            def run(hidden: Tensor, mask: Tensor | None) -> Tensor:
-                return decoder(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
-
-            return run
+            return as_trunk(config, self.cut, blocks)
 
         @torch.no_grad()
         def states(step: int) -> States:
