@@ -8,7 +8,8 @@
     │   ├── DataError        a data file or a line of one
     │   └── ModelError       a model source or an architecture
     ├── ProtocolError        a peer sent what the protocol does not allow
-    │   └── FrameError       bytes that are not a well-formed frame
+    │   ├── FrameError       bytes that are not a well-formed frame
+    │   └── AttestationError evidence of trusted hardware that is not genuine, not fresh, or not accepted
     ├── PeerLostError        a peer went away, or its link closed
     ├── ExactnessError       a measured error exceeds the bound that was derived for it
     ├── TrainingError        training cannot go on (a non-finite loss, say)
@@ -63,6 +64,10 @@ class ProtocolError(VeiltuneError):
 
 class FrameError(ProtocolError):
     """Bytes that do not form a valid frame."""
+
+
+class AttestationError(ProtocolError):
+    """Evidence of trusted hardware is lacking, not genuine, not fresh, or not what the policy accepts."""
 
 
 class PeerLostError(VeiltuneError):
