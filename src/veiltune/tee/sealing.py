@@ -130,7 +130,7 @@ def seal_file(
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def unseal_file(path: Path, key: SealingKey, context: str) -> Unsealed:
@@ -205,7 +205,7 @@ def _create_once(path: Path, content: bytes) -> None:
         Path(temporary).unlink()
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Make a rename in ``directory`` survive a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
