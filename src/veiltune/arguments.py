@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from veiltune import __version__
 from veiltune.errors import UserError
 
-VERBS = ("demo", "tune", "generate", "verify", "inspect", "attack", "party")
+VERBS = ("demo", "tune", "generate", "verify", "inspect", "protect", "attack", "compare", "advise", "party", "keygen")
 MODEL_HELP = "hub id, directory, GGUF file, package:DISTRIBUTION or random:FAMILY[:layers,hidden,heads,vocab]"
 CONFIG_HELP = "a TOML file, or a run's output directory (its config.json)"
 
@@ -41,8 +41,12 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_generate(verbs, commands["generate"])
     _add_verify(verbs, commands["verify"])
     _add_inspect(verbs, commands["inspect"])
+    _add_protect(verbs, commands["protect"])
     _add_attack(verbs, commands["attack"])
+    _add_compare(verbs, commands["compare"])
+    _add_advise(verbs, commands["advise"])
     _add_party(verbs, commands["party"])
+    _add_keygen(verbs, commands["keygen"])
     return parser
 
 
@@ -95,9 +99,38 @@ def _add_verify(verbs: Any, run: Command) -> None:
 
 
 def _add_inspect(verbs: Any, run: Command) -> None:
-    inspect = _add(verbs, "inspect", run, "how each design would cut a model, and who sees what")
-    inspect.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    inspect = _add(
+        verbs, "inspect", run, "how each design would cut a model, and who sees what; or what a run revealed"
+    )
+    inspect.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; or a run's output directory")
+    inspect.add_argument(
+        "--ancestor",
+        action="append",
+        default=[],
+        metavar="OTHER",
+        help="a public model: would its weights give the keys of this one away?",
+    )
     inspect.add_argument("--placement", choices=("compact", "paper"), help="of obfuscatune (default: both)")
+    inspect.add_argument(
+        "--enclave-layers", type=_integer(0), action="append", default=[], metavar="N", help="of veil (default: 1)"
+    )
+
+
+def _add_protect(verbs: Any, run: Command) -> None:
+    protect = _add(
+        verbs, "protect", run, "put a model's trunk in its secret basis on disk, once; goes on where it stopped"
+    )
+    protect.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    protect.add_argument("--to", type=Path, required=True, metavar="DIR", help="the host's: the protected checkpoint")
+    protect.add_argument(
+        "--key", type=Path, metavar="FILE", help="the enclave's: the key (default: DIR.enclave/protection.key)"
+    )
+    protect.add_argument("--design", default="veil", metavar="NAME", help="default: %(default)s")
+    protect.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="say veil.enclave_layers=2")
+    protect.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "float64"), help="of sessions with it (default: as stored)"
+    )
+    protect.add_argument("--overwrite", action="store_true", help="begin anew, with a fresh key")
 
 
 def _add_attack(verbs: Any, run: Command) -> None:
@@ -122,6 +155,27 @@ def _add_attack(verbs: Any, run: Command) -> None:
     attack.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="default: %(default)s")
 
 
+def _add_compare(verbs: Any, run: Command) -> None:
+    compare = _add(
+        verbs, "compare", run, "run designs, attacks and seeds of a study, and report; goes on where it stopped"
+    )
+    compare.add_argument("study", metavar="STUDY", help="a TOML file, or one that comes along: small, sweeps")
+    compare.add_argument("--output", type=Path, metavar="DIR", help="directory (default: veiltune-compare-STUDY)")
+    compare.add_argument("--overwrite", action="store_true", help="forget what was measured there before")
+    compare.add_argument("--retry-failed", action="store_true", help="try cells again that failed before")
+
+
+def _add_advise(verbs: Any, run: Command) -> None:
+    advise = _add(verbs, "advise", run, "which recorded designs meet stated needs, and why the others do not")
+    advise.add_argument("needs", metavar="NEEDS", type=Path, help="a TOML file")
+    advise.add_argument(
+        "--records",
+        type=Path,
+        metavar="DIR",
+        help="a comparison's output, or its results.jsonl (default: the needs' own)",
+    )
+
+
 def _add_party(verbs: Any, run: Command) -> None:
     party = _add(verbs, "party", run, "run one party as a service, for sessions whose configuration names its address")
     party.add_argument("role", metavar="ROLE", help="provider, under a design that cuts the model")
@@ -129,6 +183,42 @@ def _add_party(verbs: Any, run: Command) -> None:
     party.add_argument(
         "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="default: a free port of this machine alone"
     )
+
+
+def _add_keygen(verbs: Any, run: Command) -> None:
+    keygen = _add(verbs, "keygen", run, "make a party's key, by which its peers on other machines know it")
+    keygen.add_argument("role", metavar="ROLE", help="provider, owner, host or enclave")
+    keygen.add_argument("--to", type=Path, default=Path(), metavar="DIR", help="where ROLE.key goes (default: here)")
+    keygen.add_argument(
+        "--days",
+        type=_integer(1),
+        default=730,
+        metavar="N",
+        help="how long its certificate holds (default: %(default)s)",
+    )
+    keygen.add_argument(
+        "--renew", action="store_true", help="a new certificate for the key that is there; its name stays"
+    )
+
+
+def parse_settings(given: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` settings of an attack; values are TOML, bare words are text.
+
+    Raises:
+        UserError: one is not of that form.
+    """
+    import tomllib
+
+    found: dict[str, Any] = {}
+    for each in given:
+        key, separator, text = each.partition("=")
+        if not separator:
+            raise UserError(f"--set {each!r} is not key=value", hint="for example --set pairs=64")
+        try:
+            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key.strip()] = text
+    return found
 
 
 def _add(verbs: Any, name: str, run: Command, what: str) -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veiltune.arguments import CONFIG_HELP, VERBS, build_parser
+from veiltune.arguments import CONFIG_HELP, VERBS, build_parser, parse_settings
 from veiltune.errors import ConfigError, ExactnessError, UserError, VeiltuneError, nearest
 
 if TYPE_CHECKING:
@@ -70,8 +70,12 @@ def _run(arguments: list[str]) -> int:
             "generate": _generate,
             "verify": _verify,
             "inspect": _inspect,
+            "protect": _protect,
             "attack": _attack,
+            "compare": _compare,
+            "advise": _advise,
             "party": _party,
+            "keygen": _keygen,
         }
     )
     verb = next((each for each in arguments if not each.startswith("-")), None)
@@ -239,18 +243,33 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from veiltune.display import console, sees_list
-    from veiltune.evaluation.inspection import inspect_model
-    from veiltune.report import inspect_table
-    from veiltune.results import to_json
+    from veiltune.inspecting import run_inspect
 
-    found = inspect_model(options.model, options.placement, progress=lambda line: print(line, file=sys.stderr))
+    chosen = {"placement": options.placement, "enclave_layers": options.enclave_layers, "ancestors": options.ancestor}
+    return run_inspect(options.model, **chosen, as_json=options.json)
+
+
+def _protect(options: argparse.Namespace) -> int:
+    from veiltune.display import Display, console
+    from veiltune.results import to_json
+    from veiltune.session.protection import protect_model
+
+    screen = console()
+    with Display(screen, f"protecting {options.model} for {options.design}") as display:
+        made = protect_model(
+            options.model,
+            options.to,
+            design=options.design,
+            overrides=options.set,
+            key=options.key,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            on_event=display,
+        )
+    screen.print(f"for the host: {made.directory} ({made.shards} shards)", markup=False)
+    screen.print(f"for the enclave, and nobody else: {made.key}", markup=False)
     if options.json:
-        print(to_json(found.as_json()))
-    else:
-        screen = console()
-        screen.print(inspect_table(options.model, found.places, found.counts))
-        screen.print(sees_list(found))
+        print(to_json(made.as_json()))
     return 0
 
 
@@ -261,7 +280,7 @@ def _attack(options: argparse.Namespace) -> int:
     from veiltune.report.privacy import attack_table
     from veiltune.results import to_json
 
-    attack = make_attack(options.attack, _settings(options.set))
+    attack = make_attack(options.attack, parse_settings(options.set))
     screen = console()
     attacked = attack_run(
         options.attacked,
@@ -278,20 +297,25 @@ def _attack(options: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(given: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` settings of an attack; values are TOML, bare words are text."""
-    import tomllib
+def _compare(options: argparse.Namespace) -> int:
+    from veiltune.comparing import run_compare
 
-    found: dict[str, Any] = {}
-    for each in given:
-        key, separator, text = each.partition("=")
-        if not separator:
-            raise UserError(f"--set {each!r} is not key=value", hint="for example --set pairs=64")
-        try:
-            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[key.strip()] = text
-    return found
+    flags = {"overwrite": options.overwrite, "retry_failed": options.retry_failed, "as_json": options.json}
+    return run_compare(options.study, options.output, **flags)
+
+
+def _advise(options: argparse.Namespace) -> int:
+    from veiltune.display import console
+    from veiltune.evaluation.advice import advise
+    from veiltune.evaluation.advice_needs import read_needs
+    from veiltune.evaluation.advice_table import advice_tables
+    from veiltune.results import to_json
+
+    advice = advise(read_needs(options.needs), options.records)
+    if options.json:
+        print(to_json(advice.as_json()))
+    console().print(advice_tables(advice))
+    return 0
 
 
 def _party(options: argparse.Namespace) -> int:
@@ -305,6 +329,17 @@ def _party(options: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())
     service.run()
+    return 0
+
+
+def _keygen(options: argparse.Namespace) -> int:
+    from veiltune.transport.identity import make_identity, private_file, renew_identity
+
+    made = (renew_identity if options.renew else make_identity)(options.to, options.role, days=options.days)
+    secret = str(private_file(options.to, made.role))
+    print(f"for this {made.role} alone: {secret}; for every party's configuration:", file=sys.stderr)
+    fields = {"role": made.role, "key": made.pin, "file": secret}
+    print(json.dumps(fields) if options.json else made.public_text().strip())
     return 0
 
 

