@@ -366,7 +366,7 @@ def run_stranger(port: int, script: Callable[[socket.socket], None]) -> None:
 
 def reflect(sock: socket.socket) -> None:
     """Without the token: give back whatever the listener says, in the hope that it is its own proof."""
-    sock.sendall(stream._read_exactly(sock, 32))
+    sock.sendall(stream.read_exactly(sock, 32, time.monotonic() + 5))
     sock.sendall(bytes(32))
     assert sock.recv(32) == b""  # turned away before it proves anything itself
 
@@ -414,7 +414,7 @@ def test_connect_refuses_a_listener_without_the_token() -> None:
             sock, _ = listener.accept()
             with sock:
                 sock.sendall(bytes(32))
-                sock.sendall(stream._read_exactly(sock, 64)[32:])  # the connector's own proof, reflected
+                sock.sendall(stream.read_exactly(sock, 64, time.monotonic() + 5)[32:])  # its own proof
 
         thread = threading.Thread(target=impostor)
         thread.start()

@@ -37,7 +37,7 @@ from test_secrecy import encodings, holds, is_input_side, leaks, weight_bytes
 from veiltune.config import Config
 from veiltune.data import load_examples, tokenize
 from veiltune.designs import DESIGNS
-from veiltune.designs.veil import VeilOptions, protection
+from veiltune.designs.veil import VeilOptions, enclave, protection
 from veiltune.errors import ConfigError, ProtocolError, VeiltuneError
 from veiltune.models.presets import random_config
 from veiltune.models.random_weights import byte_tokenizer, write_random_weights

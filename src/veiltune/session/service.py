@@ -1,7 +1,8 @@
 """A party as a long-running service: it listens, and serves every peer that proves itself in a session of its own.
 
-Both ends hold a session token, a file that one of them makes. It authenticates the two ends of a connection and encrypts
-nothing, so a service listens on loopback unless it is told otherwise.
+With ``identity.key`` and ``[[peers]]``, both ends prove their keys and agree on the configuration over TLS 1.3. Without,
+both hold a session token, a file that one of them makes. It authenticates the two ends of a connection and encrypts nothing,
+so a service listens on loopback unless it is told otherwise.
 """
 
 from __future__ import annotations
@@ -19,17 +20,14 @@ from veiltune.config import Config
 from veiltune.designs import DESIGNS, Design
 from veiltune.errors import ConfigError, PeerLostError, ProtocolError, VeiltuneError, nearest
 from veiltune.parties.party import Job, Party
+from veiltune.peers import require_peers
 from veiltune.session.party_main import design_options
 from veiltune.transport.channel import Channel, ChannelOptions, memory_pair
+from veiltune.transport.identity import load_identity
 from veiltune.transport.messages import Progress
-from veiltune.transport.stream import (
-    HANDSHAKE_SECONDS,
-    TOKEN_BYTES,
-    SocketChannel,
-    connect,
-    proves_itself,
-    token_handshake,
-)
+from veiltune.transport.secure import SecureHandshake
+from veiltune.transport.secure_channel import open_channel
+from veiltune.transport.stream import HANDSHAKE_SECONDS, TOKEN_BYTES, Handshake, connect, shake_hands, token_handshake
 from veiltune.transport.transcript import Meter
 
 log = logging.getLogger(__name__)
@@ -77,24 +75,45 @@ def read_token(path: Path | None, *, create: bool) -> bytes:
     return token
 
 
+def party_handshake(config: Config, me: str, peer: str, *, listening: bool) -> Handshake:
+    """How two parties prove themselves: by their keys over TLS if ``identity.key`` is set, by the session's token if not.
+
+    Raises:
+        ConfigError: the key or the token is wrong, or ``[[peers]]`` has no key for the peer or another one for this party.
+    """
+    if config.identity.key is None:
+        return token_handshake(read_token(config.session.token_file, create=listening), listening=listening)
+    identity = load_identity(config.identity.key)
+    if identity.role != me:
+        raise ConfigError(
+            f"identity.key {str(config.identity.key)!r} is the {identity.role}'s, and this is the {me}",
+            hint=f"name the key of the {me}; `veiltune keygen {me}` makes one",
+        )
+    require_peers(config.peers, me, identity.pin, peer)
+    accepts, fingerprint = frozenset({peer}), config.fingerprint()
+    return SecureHandshake(
+        identity=identity, peers=config.peers, accepts=accepts, fingerprint=fingerprint, listening=listening
+    )
+
+
 def dial(config: Config, peer: str, options: ChannelOptions, *, me: str) -> Channel:
     """A link to a party that runs as a service, waiting for it as long as ``session.retry_seconds``.
 
     Raises:
-        ConfigError: the address or the token is wrong.
+        ConfigError: the address, the key or the token is wrong.
         PeerLostError: nobody is there.
-        ProtocolError: whoever is there has another token.
+        ProtocolError: whoever is there has another key, configuration or token.
     """
     host, port = parse_address(config.session.connect[peer])
-    token = read_token(config.session.token_file, create=False)
+    handshake = party_handshake(config, me, peer, listening=False)
     try:
-        sock = connect(host, port, token_handshake(token, listening=False), config.session.retry_seconds)
+        sock = connect(host, port, handshake, config.session.retry_seconds)
     except PeerLostError as error:
         raise PeerLostError(
             f"the {peer} is not to be reached: {error.message}",
             hint=f"start it (`veiltune party {peer} CONFIG`), then go on with --resume",
         ) from None
-    return SocketChannel(sock, me, peer, **options)
+    return open_channel(sock, me, peer, **options)
 
 
 def check_connect(config: Config, design: Design) -> None:
@@ -137,7 +156,7 @@ class Service:
         self.role = role
         self.design = design
         self.on_event = on_event
-        self._handshake = token_handshake(read_token(config.session.token_file, create=True), listening=True)
+        self._handshake = party_handshake(config, role, "owner", listening=True)
         self._stopping = threading.Event()
         self._links: set[Channel] = set()
         self._guard = threading.Lock()
@@ -168,7 +187,9 @@ class Service:
         try:
             serve = self.design.services[self.role](self._party())
             self._listener.listen(_BACKLOG)
-            self.on_event("listening", {"address": self.address})
+            by_key = self.config.identity.key is not None
+            guard = "TLS, for the keys in [[peers]]" if by_key else "the session token is the only thing that guards it"
+            self.on_event("listening", {"address": self.address, "guard": guard})
             self._listener.settimeout(POLL_SECONDS)
             while not self._stopping.is_set():
                 try:
@@ -189,12 +210,15 @@ class Service:
         self._stopping.set()
 
     def _session(self, sock: socket.socket, serve: Callable[[Channel], None]) -> None:
-        if not proves_itself(sock, self._handshake, HANDSHAKE_SECONDS):
-            self.on_event("turned_away", {"why": "it does not hold this session's token"})
+        try:
+            sock = shake_hands(sock, self._handshake, HANDSHAKE_SECONDS)
+        except ProtocolError as error:
+            without = self.config.identity.key is None
+            self.on_event("turned_away", {"why": "it does not hold this session's token" if without else error.message})
             return
         received = self.design.may_receive
         options = ChannelOptions(may_send=received("owner"), may_receive=received(self.role))
-        link = SocketChannel(sock, self.role, "owner", **options)
+        link = open_channel(sock, self.role, "owner", **options)
         with self._guard:
             self._links.add(link)
             if (

@@ -22,8 +22,9 @@ _MAX_PIECES = 512  # the operating system takes at most IOV_MAX (1024 on Linux) 
 _SOCKET_BUFFER_BYTES = 4 << 20
 _LONGEST_PAUSE_SECONDS = 2.0
 
-Handshake = Callable[[socket.socket], None]
-"""Proves both ends to one another on a fresh connection, or raises `ProtocolError`. It may take `HANDSHAKE_SECONDS`."""
+Handshake = Callable[[socket.socket], socket.socket | None]
+"""Proves both ends to one another on a fresh connection, or raises `ProtocolError`. It may take as long as the socket's
+timeout says. It returns the socket to go on with if that is another one, which then owns the connection: `secure`."""
 
 
 class SocketChannel(Channel):
@@ -41,9 +42,7 @@ class SocketChannel(Channel):
 
     def __init__(self, sock: socket.socket, me: str, peer: str, **options: Unpack[ChannelOptions]) -> None:
         super().__init__(me, peer, **options)
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        else:  # TCP sizes its buffers by itself, and better
+        if not _send_at_once(sock):  # TCP sizes its buffers by itself, and better
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
         sock.setblocking(False)
@@ -127,18 +126,19 @@ def accept(listener: socket.socket, handshake: Handshake, timeout: float = 60.0)
         PeerLostError: nobody proved itself within ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
-    refused = 0
+    refused, why = 0, ""
     while (left := deadline - time.monotonic()) > 0:
         listener.settimeout(left)
         try:
             sock, _ = listener.accept()
         except TimeoutError:
             break
-        if proves_itself(sock, handshake, min(HANDSHAKE_SECONDS, max(0.1, deadline - time.monotonic()))):
-            return sock
-        refused += 1
+        try:
+            return shake_hands(sock, handshake, min(HANDSHAKE_SECONDS, max(0.1, deadline - time.monotonic())))
+        except ProtocolError as error:
+            refused, why = refused + 1, f", the last because {error.message}"
     raise PeerLostError(
-        f"no peer connected within {timeout:g} s ({refused} turned away: wrong session token)",
+        f"no peer connected within {timeout:g} s ({refused} turned away{why})",
         hint="start the other party with the same session",
     )
 
@@ -163,9 +163,13 @@ def connect(host: str, port: int, handshake: Handshake, timeout: float = 60.0) -
                 ) from error
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-    if not proves_itself(sock, handshake, HANDSHAKE_SECONDS):
-        raise ProtocolError(f"{host}:{port} did not prove that it belongs to this session", hint="same session token?")
-    return sock
+    try:
+        return shake_hands(sock, handshake, HANDSHAKE_SECONDS)
+    except ProtocolError as error:
+        raise ProtocolError(
+            f"{host}:{port} did not prove that it belongs to this session: {error.message}",
+            hint=error.hint or "same session token?",
+        ) from error
 
 
 def token_handshake(token: bytes, *, listening: bool) -> Handshake:
@@ -189,14 +193,15 @@ def token_handshake(token: bytes, *, listening: bool) -> Handshake:
         return hmac.digest(token, b"veiltune link 1 " + role + nonces, hashlib.sha256)
 
     def handshake(sock: socket.socket) -> None:
+        deadline = handshake_deadline(sock)
         mine = secrets.token_bytes(TOKEN_BYTES)
         sock.sendall(mine)
-        theirs = _read_exactly(sock, TOKEN_BYTES)
+        theirs = read_exactly(sock, TOKEN_BYTES, deadline)
         nonces = mine + theirs if listening else theirs + mine
         if not listening:
             sock.sendall(prove(b"connect", nonces))
         expected = prove(b"connect" if listening else b"listen", nonces)
-        if not hmac.compare_digest(_read_exactly(sock, TOKEN_BYTES), expected):
+        if not hmac.compare_digest(read_exactly(sock, TOKEN_BYTES, deadline), expected):
             raise ProtocolError("the peer does not hold this session's token")
         if listening:
             sock.sendall(prove(b"listen", nonces))
@@ -204,25 +209,52 @@ def token_handshake(token: bytes, *, listening: bool) -> Handshake:
     return handshake
 
 
-def proves_itself(sock: socket.socket, handshake: Handshake, seconds: float) -> bool:
-    """Run the handshake on a fresh connection, within that many seconds; on any failure close it and return false."""
-    sock.settimeout(seconds)
+def shake_hands(sock: socket.socket, handshake: Handshake, seconds: float) -> socket.socket:
+    """Run the handshake on a fresh connection, within that many seconds, and return the socket to go on with.
+
+    Raises:
+        ProtocolError: it failed; the connection is closed.
+    """
     try:
-        handshake(sock)
-    except (OSError, ProtocolError):
+        sock.settimeout(seconds)
+        _send_at_once(sock)
+        return handshake(sock) or sock
+    except OSError as error:
         sock.close()
-        return False
+        how = f"it took longer than {seconds:g} s" if isinstance(error, TimeoutError) else "the connection broke"
+        raise ProtocolError(f"the handshake failed: {how}") from error
     except BaseException:
         sock.close()
         raise
-    return True
 
 
-def _read_exactly(sock: socket.socket, num_bytes: int) -> bytes:
+def _send_at_once(sock: socket.socket) -> bool:
+    """Let no small write wait for the answer to the one before it; false if it is no TCP socket, where none does."""
+    is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
+    if is_tcp:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return is_tcp
+
+
+def handshake_deadline(sock: socket.socket) -> float:
+    """When a handshake that begins now must be over, by the socket's timeout: a peer that trickles bytes gains no time."""
+    return time.monotonic() + (HANDSHAKE_SECONDS if (seconds := sock.gettimeout()) is None else seconds)
+
+
+def read_exactly(sock: socket.socket, num_bytes: int, deadline: float) -> bytes:
+    """That many bytes of a handshake.
+
+    Raises:
+        ProtocolError: the peer closed the connection.
+        TimeoutError: they did not come before the deadline.
+    """
     data = b""
     while len(data) < num_bytes:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
         piece = sock.recv(num_bytes - len(data))
         if not piece:
             raise ProtocolError("the peer closed the connection during the handshake")
         data += piece
+        if time.monotonic() > deadline:
+            raise TimeoutError
     return data

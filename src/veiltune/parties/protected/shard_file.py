@@ -63,7 +63,7 @@ def _write(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) ->
             if name not in places or layout[name] != (value.dtype, tuple(value.shape)):
                 raise CheckpointError(f"tensor {name!r} is {value.dtype} {tuple(value.shape)}, not as laid out")
             file.seek(begin + places.pop(name))
-            file.write(memoryview(value.contiguous().view(torch.uint8).reshape(-1).numpy()))
+            file.write(value.contiguous().view(torch.uint8).reshape(-1).numpy().data)
         if places:
             raise CheckpointError(f"tensor {next(iter(places))!r} did not come")
         file.flush()
