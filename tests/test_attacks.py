@@ -230,7 +230,7 @@ def plain_and_passes(run: Path, observer: str) -> tuple[Any, View, Any]:
 def test_without_protection_the_control_view_is_what_was_recorded(name: str, recorded: Record) -> None:
     """At the first step of `split` nothing is tuned yet and nothing is rounded: the replayed truth gives the recorded states."""
     model, view, passes = plain_and_passes(recorded(name), "provider")
-    bare = unprotected(view, model, passes, 1)
+    bare = unprotected(view, model, passes, run_config(recorded(name)).cut)
     first = min(passes)
     mine, theirs = (smashed_states(each.aimed({first: range(4)})) for each in (bare, view))
     for one, other in zip(joined(mine), joined(theirs), strict=True):
@@ -306,8 +306,8 @@ def test_inverters_learn_from_public_text(attack: str, layers: int, least: float
 def test_an_inverter_that_learnt_nothing_is_withheld(recorded: Record) -> None:
     run = recorded("split")
     before = (run / RESULT).read_text(encoding="utf-8")
-    with pytest.raises(ExactnessError, match="leaky control of learned_inverter failed"):
-        attacked(run, "learned_inverter", layers=0, width=8, epochs=1)
+    with pytest.raises(ExactnessError, match="leaky control of ridge_inverter failed"):
+        attacked(run, "ridge_inverter", vocabulary=1)
     assert (run / RESULT).read_text(encoding="utf-8") == before, "nothing of it is kept"
 
 

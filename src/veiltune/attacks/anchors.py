@@ -7,7 +7,8 @@ and the same norm is the one. Tokens told beyond doubt become anchors in their t
 
 *Known plaintext.* R̂ = A⁺·B is the key on the span of the known states, the whole key from d independent ones on; then
 X̂ = Y·R̂⁺ are the states (their projection onto that span), and tokens are the nearest of the projected vocabulary. Needs no
-orthogonality.
+orthogonality. Where blocks stand before the states (`veil` with ``enclave_layers``), whole texts are known instead, their states
+come from the base weights, and vocabulary matching through those blocks reads the others.
 
 *Reference.* arXiv 2602.11088 (static secrets); the algebra is that of any fixed linear map.
 """
@@ -22,23 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veiltune.attacks.base import Attack, Auxiliary, EmbeddingTable, FirstState, Knowledge, Reconstruction
-from veiltune.attacks.passes import joined, masked_first_states
+from veiltune.attacks.nearest import by_position, nearest_tokens, vocabulary_states
+from veiltune.attacks.passes import FIRST_STATES, blocks_before, joined, masked_first_states
+from veiltune.attacks.veiled import cut_states, read_cut_states
 from veiltune.attacks.view import View
 from veiltune.errors import UserError
-
-FIRST_STATES = {
-    "obfuscatune": frozenset(
-        {
-            "SegmentForward.segment",
-            "SegmentForward.context_id",
-            "SegmentForward.hidden",
-            "PassContext.context_id",
-            "PassContext.attention_mask",
-        }
-    ),
-    "veil": frozenset({"VeiledForward.hidden", "VeiledForward.attention_mask"}),
-}
-"""What carries first states, by design. Under `veil` they are those of single tokens only with enclave_layers = 0."""
 
 MAX_ANCHORS = 64
 SPAN = 1e-4
@@ -77,18 +66,6 @@ def _gather(view: View, auxiliary: Auxiliary, table: EmbeddingTable) -> _Evidenc
     return _Evidence(rows, positions, lengths, known, torch.tensor([token for *_, token in pairs]), form)
 
 
-def _vocabulary(table: EmbeddingTable, position: int, form: FirstState) -> Float[Tensor, "v d"]:
-    every = torch.arange(table.vocab_size)
-    return table.states(every, torch.full_like(every, position), form)
-
-
-def _by_position(positions: Int[Tensor, " n"], *, same: bool) -> list[tuple[int, Tensor]]:
-    """Rows that can be compared with one table: all at once, or those of each position."""
-    if same:
-        return [(0, torch.arange(len(positions)))]
-    return [(int(p), torch.nonzero(positions == p).flatten()) for p in positions.unique()]
-
-
 @dataclass(frozen=True)
 class GramAnchors(Attack):
     """See the module. ``anchors`` tokens are known; ``rounds`` times the surest finds become anchors too."""
@@ -99,6 +76,7 @@ class GramAnchors(Attack):
     against: ClassVar = FIRST_STATES
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"embedding_table", "known_pairs"})
     cost: ClassVar[str] = "one product of the vocabulary with the anchors a round; seconds"
+    single_tokens: ClassVar[bool] = True
 
     anchors: int = 8
     rounds: int = 2
@@ -124,8 +102,8 @@ class GramAnchors(Attack):
         """The token of each row, and how little it stands out: its distance over the second best one's."""
         guess = torch.zeros(len(seen.rows), dtype=torch.int64)
         doubt = torch.ones(len(seen.rows))
-        for position, rows in _by_position(seen.positions, same=not table.has_positions):
-            states = _vocabulary(table, position, seen.form)
+        for position, rows in by_position(seen.positions, same=not table.has_positions):
+            states = vocabulary_states(table, position, seen.form)
             wanted = _profile(states, truths)
             centre = wanted.mean(0)
             scale = (wanted - centre).std(0).clamp_min(1e-12)
@@ -165,37 +143,41 @@ class KnownPlaintext(Attack):
     summary: ClassVar[str] = "the key from pairs of a state and its masked form"
     observer: ClassVar[str] = "host"
     against: ClassVar = FIRST_STATES
-    auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"embedding_table", "known_pairs"})
+    auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"embedding_table", "known_pairs", "base_weights"})
     cost: ClassVar[str] = "a least-squares problem of (pairs, d) and a product with the vocabulary; seconds"
 
     pairs: int = 64
 
     @torch.no_grad()
-    def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:  # noqa: ARG002
+    def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:
         """See `Attack.run`."""
         table: EmbeddingTable = auxiliary.take("embedding_table")
         seen = _gather(view, auxiliary, table)
-        truths = table.states(seen.known_tokens, seen.positions[seen.known], seen.form).double()
+        layers = blocks_before(view)
+        if layers:
+            truths = _through_blocks(auxiliary, layers).double()
+        else:
+            truths = table.states(seen.known_tokens, seen.positions[seen.known], seen.form).double()
         inverse = torch.linalg.pinv(truths, rtol=SPAN)
         key = inverse @ seen.rows[seen.known].double()
         states = (seen.rows.double() @ torch.linalg.pinv(key, rtol=SPAN)).float()
         projection = (inverse @ truths).float()
+        if layers:
+            sequences = seen.split(states)
+            found = read_cut_states(auxiliary.take("base_weights"), layers, sequences, rng, projection)
+            return Reconstruction(tokens=found, states=sequences)
         tokens = nearest_tokens(states, seen.positions, table, seen.form, projection)
         return Reconstruction(tokens=[part.tolist() for part in seen.split(tokens)], states=seen.split(states))
 
 
-def nearest_tokens(
-    states: Float[Tensor, "n d"],
-    positions: Int[Tensor, " n"],
-    table: EmbeddingTable,
-    form: FirstState,
-    projection: Float[Tensor, "d d"] | None = None,
-) -> Int[Tensor, " n"]:
-    """The token whose own first state, projected if asked, is nearest to each state."""
-    found = torch.zeros(len(states), dtype=torch.int64)
-    for position, rows in _by_position(positions, same=not table.has_positions):
-        wanted = _vocabulary(table, position, form)
-        wanted = wanted if projection is None else wanted @ projection
-        for part in rows.split(256):
-            found[part] = torch.cdist(states[part], wanted).argmin(1)
-    return found
+def _through_blocks(auxiliary: Auxiliary, layers: int) -> Float[Tensor, "k d"]:
+    """True states of the known tokens, in the order of the pairs. Of a text they are known from its beginning on."""
+    texts: dict[int, list[int]] = {}
+    for sequence, position, token in auxiliary.take("known_pairs"):
+        if position != len(texts.setdefault(sequence, [])):
+            raise UserError(
+                f"of text {sequence} token {position} is known, and not all before it",
+                hint="states after a block need whole beginnings of texts",
+            )
+        texts[sequence].append(token)
+    return torch.cat([cut_states(auxiliary.take("base_weights"), layers, text) for text in texts.values()])

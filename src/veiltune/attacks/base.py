@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,10 +20,15 @@ from veiltune.attacks.view import View
 from veiltune.errors import ProtocolError, UserError
 from veiltune.models.bottom import Bottom
 
-Knowledge = Literal["base_weights", "corpus", "embedding_table", "public_ancestor", "known_pairs"]
+Knowledge = Literal["base_weights", "corpus", "embedding_table", "public_ancestor", "ancestor_model", "known_pairs"]
 FirstState = Literal["normed", "raw", "centred"]
 KnownPair = tuple[int, int, int]
 """Number of a sequence among those of the view, position in it, and the token that stands there."""
+
+
+def setting(default: Any, *, least: float) -> Any:
+    """A setting of an attack whose least value is not the usual one (1 for integers, 0 for other numbers)."""
+    return field(default=default, metadata={"least": least})
 
 
 class EmbeddingTable:
@@ -66,6 +71,7 @@ class Auxiliary:
         corpus: tokenised public text, disjoint from the victim's.
         embedding_table: see `EmbeddingTable`.
         public_ancestor: weights that the secret ones descend from, by parameter name.
+        ancestor_model: the model with such weights in its blocks.
         known_pairs: tokens that the attacker knows, and where they stand.
     """
 
@@ -74,6 +80,7 @@ class Auxiliary:
     corpus: Sequence[Sequence[int]] | None = field(default=None, repr=False)
     embedding_table: EmbeddingTable | None = field(default=None, repr=False)
     public_ancestor: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    ancestor_model: nn.Module | None = field(default=None, repr=False)
     known_pairs: Sequence[KnownPair] | None = field(default=None, repr=False)
 
     def take(self, name: Knowledge) -> Any:
@@ -100,12 +107,22 @@ class Reconstruction:
     Attributes:
         tokens: token ids of each sequence of the view's passes, in order.
         states: (length, d) plain first states of each sequence.
-        weights: plain weights, by parameter name.
+        weights: plain weights, by parameter name (of a folded trunk: folded ones).
+        units: of an MLP's linears, one row a hidden unit, by parameter name: weights whose order was secret.
+        sources: (length, m) what each sequence's states come apart into, in any order, of any sign and size.
+        source_truth: what these should be, where the attack made its own control (`Attack.leaky`).
+        labels: of each sequence, as long as it is: the token at each labelled position, -100 elsewhere.
+        predict: the stolen model, as what it takes for the next token after each token of a text but the last.
     """
 
     tokens: Sequence[Sequence[int]] | None = field(default=None, repr=False)
     states: Sequence[Tensor] | None = field(default=None, repr=False)
     weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    units: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    sources: Sequence[Tensor] | None = field(default=None, repr=False)
+    source_truth: Sequence[Tensor] | None = field(default=None, repr=False)
+    labels: Sequence[Sequence[int]] | None = field(default=None, repr=False)
+    predict: Callable[[Sequence[int]], list[int]] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,10 @@ class Attack(ABC):
         cost: what a run takes, roughly, in words.
         control: metric (more is more) and least value that the leaky control must reach.
         leaky_settings: settings changed for the leaky control, where protection lies in what the attacker has.
+        of_texts: whether it is after the texts that crossed; else no pass need have been recorded.
+        leaky_knows_text: whether the leaky control's corpus is the victim's text.
+        leaky_layers: blocks before the states of the leaky control's view; ``None``: as many as there were.
+        single_tokens: whether it can only read states of single tokens, so none that went through a block.
     """
 
     name: ClassVar[str]
@@ -131,6 +152,10 @@ class Attack(ABC):
     cost: ClassVar[str]
     control: ClassVar[tuple[str, float]] = ("token_recovery", 0.95)
     leaky_settings: ClassVar[Mapping[str, Any]] = {}
+    of_texts: ClassVar[bool] = True
+    leaky_knows_text: ClassVar[bool] = False
+    leaky_layers: ClassVar[int | None] = None
+    single_tokens: ClassVar[bool] = False
 
     @property
     def reads(self) -> frozenset[str]:
@@ -146,6 +171,17 @@ class Attack(ABC):
     @abstractmethod
     def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:
         """Attack a view that was loaded for this attack's ``reads``. Sequences come in the order of the view's passes."""
+
+    def leaky(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:
+        """The leaky control: the same on a view without protection, with `leaky_settings`."""
+        return dataclasses.replace(self, **self.leaky_settings).run(view, auxiliary, rng)
+
+
+def predictions(model: Any, text: Sequence[int]) -> list[int]:
+    """The likeliest next token after each token of a text but the last, by a causal language model."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([list(text)]), use_cache=False).logits
+    return logits[0, :-1].argmax(-1).tolist()
 
 
 def provider_reads(*more: str) -> Mapping[str, frozenset[str]]:

@@ -92,16 +92,22 @@ def shuffled(score: Scorer[T], truth: Sequence[T], found: Sequence[T]) -> dict[s
 
 @dataclass(frozen=True)
 class Trial:
-    """What an attack found of some truth, with and without protection, and how to score it."""
+    """What an attack found of some truth, with and without protection, and how to score it.
+
+    ``leaky_truth`` is what there was to find without protection, where that is something else.
+    """
 
     score: Scorer[Any]
     truth: Sequence[Any]
     found: Sequence[Any]
     leaky_found: Sequence[Any]
+    leaky_truth: Sequence[Any] | None = None
 
     def figures(self, generator: torch.Generator) -> dict[str, dict[str, Any]]:
         """By metric: value, n, ci95, leaky_control, shuffled_control; only metrics that have all of them."""
-        protected, leaky = self.score(self.truth, self.found), self.score(self.truth, self.leaky_found)
+        protected, leaky = self.score(self.truth, self.found), self.score(
+            self.truth if self.leaky_truth is None else self.leaky_truth, self.leaky_found
+        )
         crossed, leaks = shuffled(self.score, self.truth, self.found), scores.means(leaky)
         return {
             name: {

@@ -1,16 +1,17 @@
 """Learned inverters: a decoder from states at the cut to tokens, trained on public text through the public bottom.
 
-*Reference.* SIP, the first part of BiSR (arXiv 2409.00960). The inverter is trained on states that were rounded as the agreed
-wire rounds, so it knows that defence; it does not know how the bottom was tuned since.
+*Reference.* SIP, the first part of BiSR (arXiv 2409.00960). The inverter is trained on states that crossed the agreed wire, so it
+knows that defence. With ``shadow_steps`` it is trained through bottoms that were tuned as the owner's is (`attacks.shadow`).
 
-The vocabulary it can name is that of its corpus, the ``vocabulary`` most frequent tokens of it; others cannot be found, and
-count as not found.
+The ridge inverter can name the tokens of its corpus, the ``vocabulary`` most frequent of them; others count as not found. The
+learned one points into the embedding table and can name any token: it starts from a linear map to embeddings, fitted to the
+corpus and to random tokens, and learns what context adds to that.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,54 +20,62 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads
+from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads, setting
 from veiltune.attacks.passes import Agreement, agreement_of, joined, smashed_states
+from veiltune.attacks.shadow import Shadows, Tuning
 from veiltune.attacks.view import View
-from veiltune.models.bottom import Bottom
 
 BATCH = 16
 HEADS = 4
 RIDGE = 1e-3
-OTHER = -100
-"""Label of tokens outside the vocabulary: nothing is learnt from them."""
+RANDOM_SHARE = 0.25
+"""Of what the learned inverter is fitted to, texts of random tokens: rare ones stand in no corpus."""
+NEGATIVES = 4096
+"""Random tokens that the right one is told from, beside those of the batch."""
 
 
 @dataclass(frozen=True)
 class _Lesson:
-    """Public states as the provider would get them, right-padded, and their tokens as numbers of the vocabulary."""
+    """Public states as the provider would get them, right-padded, and their tokens."""
 
-    states: Float[Tensor, "n seq d"]
-    labels: Int[Tensor, "n seq"]
-    padding: Bool[Tensor, "n seq"]
-
-    @property
-    def present(self) -> Tensor:
-        return self.labels >= 0
+    states: Float[Tensor, "n seq k"]
+    ids: Int[Tensor, "n seq"]
+    present: Bool[Tensor, "n seq"]
 
 
 class _Teacher:
     """Makes lessons of public text."""
 
-    def __init__(self, bottom: Bottom, agreed: Agreement, corpus: Sequence[Sequence[int]], vocabulary: int) -> None:
-        self.bottom = bottom
-        self.agreed = agreed
-        self.corpus = sorted((list(text) for text in corpus), key=len)
-        frequent = Counter(token for text in corpus for token in text).most_common(vocabulary)
-        self.tokens = torch.tensor(sorted(token for token, _ in frequent))
-        self._number = torch.full((bottom.vocab_size,), OTHER)
-        self._number[self.tokens] = torch.arange(len(self.tokens))
+    def __init__(
+        self, shadows: Shadows, agreed: Agreement, texts: Sequence[Sequence[int]], rng: torch.Generator
+    ) -> None:
+        self._shadows = shadows
+        self._agreed = agreed
+        self._rng = rng
+        ordered = sorted((list(text) for text in texts), key=len)
+        self._groups = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
 
-    def lessons(self) -> Iterator[_Lesson]:
-        """The whole corpus once, texts of like length together."""
-        for start in range(0, len(self.corpus), BATCH):
-            texts = [torch.tensor(text) for text in self.corpus[start : start + BATCH]]
-            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-            labels = nn.utils.rnn.pad_sequence([self._number[text] for text in texts], True, OTHER)
-            lengths = torch.tensor([len(text) for text in texts])
-            padding = torch.arange(ids.shape[1]) >= lengths[:, None]
-            with torch.no_grad():
-                states = self.agreed.rounded(self.bottom.states(ids), starts=True)
-            yield _Lesson(states, labels, padding)
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def lesson(self, number: int) -> _Lesson:
+        """Texts of like length, by one of the bottoms."""
+        texts = [torch.tensor(text) for text in self._groups[number]]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        lengths = torch.tensor([len(text) for text in texts])
+        which = int(torch.randint(self._shadows.count, (1,), generator=self._rng))
+        states = self._agreed.sent(self._shadows.states(ids, which), self._rng)
+        return _Lesson(states, ids, torch.arange(ids.shape[1]) < lengths[:, None])
+
+
+def _scaled(states: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch e"]:
+    """Each state divided by its root mean square (the first position's is far larger than others'), and that size's logarithm."""
+    size = states.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    return torch.cat([states / size, size.log()], dim=-1)
+
+
+def _with_one(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
+    return torch.cat([rows, rows.new_ones((len(rows), 1))], dim=1)
 
 
 @dataclass(frozen=True)
@@ -84,86 +93,93 @@ class RidgeInverter(Attack):
     vocabulary: int = 16384
 
     @torch.no_grad()
-    def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:  # noqa: ARG002
+    def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:
         """See `Attack.run`."""
-        agreed = agreement_of(view)
-        bottom = Bottom(auxiliary.take("base_weights"), agreed.bottom_layers)
-        teacher = _Teacher(bottom, agreed, auxiliary.take("corpus"), self.vocabulary)
-        weights = _fit_ridge(teacher)
-        tokens = [
-            teacher.tokens[(_with_one(_scaled(each)).double() @ weights).argmax(-1)].tolist()
+        agreed, corpus = agreement_of(view), auxiliary.take("corpus")
+        shadows = Shadows(auxiliary.take("base_weights"), agreed, Tuning(0, 0.0, 1, 0.0), corpus, rng)
+        frequent = Counter(token for text in corpus for token in text).most_common(self.vocabulary)
+        tokens = torch.tensor(sorted(token for token, _ in frequent))
+        weights = _fit_ridge(_Teacher(shadows, agreed, corpus, rng), tokens)
+        found = [
+            tokens[(_with_one(_scaled(each)).double() @ weights).argmax(-1)].tolist()
             for each in joined(smashed_states(view))
         ]
-        return Reconstruction(tokens=tokens)
+        return Reconstruction(tokens=found)
 
 
-def _fit_ridge(teacher: _Teacher) -> Float[Tensor, "features v"]:
+def _fit_ridge(teacher: _Teacher, tokens: Int[Tensor, " v"]) -> Float[Tensor, "features v"]:
     """Argmin ‖H·W - Y‖² + λ‖W‖² for one-hot Y: (HᵀH + λ)⁻¹·HᵀY, where HᵀY are sums of states by token."""
-    width, count = teacher.bottom.width + 1, len(teacher.tokens)
-    gram = torch.zeros((width, width), dtype=torch.float64)
-    sums = torch.zeros((count, width), dtype=torch.float64)
-    for lesson in teacher.lessons():
-        rows = _with_one(_scaled(lesson.states[lesson.present])).double()
-        gram += rows.T @ rows
-        sums.index_add_(0, lesson.labels[lesson.present], rows)
+    gram = sums = torch.zeros(())
+    for number in range(len(teacher)):
+        lesson = teacher.lesson(number)
+        ids = lesson.ids[lesson.present]
+        places = torch.searchsorted(tokens, ids).clamp_max(len(tokens) - 1)
+        known = tokens[places] == ids
+        rows = _with_one(_scaled(lesson.states[lesson.present][known])).double()
+        gram = gram + rows.T @ rows
+        sums = torch.zeros((len(tokens), rows.shape[1]), dtype=torch.float64) if sums.dim() == 0 else sums
+        sums.index_add_(0, places[known], rows)
     gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
     return torch.linalg.solve(gram, sums.T)
 
 
-def _scaled(states: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-    """Each state divided by its root mean square: the first position's is far larger than the others'."""
-    return states / states.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-
-
-def _with_one(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
-    return torch.cat([rows, rows.new_ones((len(rows), 1))], dim=1)
-
-
 @dataclass(frozen=True)
 class LearnedInverter(Attack):
-    """A small transformer (``layers`` > 0) or an MLP (0) of ``width``, trained ``epochs`` times over the corpus."""
+    """A small transformer (``layers`` > 0) or an MLP (0) of ``width``, trained ``epochs`` times over the corpus.
+
+    The rest says how the attacker takes the owner to tune: see `veiltune.attacks.shadow.Tuning`.
+    """
 
     name: ClassVar[str] = "learned_inverter"
     summary: ClassVar[str] = "a small decoder trained on public text through the public bottom (SIP)"
     observer: ClassVar[str] = "provider"
     against: ClassVar = provider_reads()
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"base_weights", "corpus"})
-    cost: ClassVar[str] = "minutes of training on two cores for some hundred public passages"
+    cost: ClassVar[str] = "minutes of training on two cores for a hundred thousand public tokens"
     control: ClassVar[tuple[str, float]] = ("rougeL", 0.8)
 
-    layers: int = 1
+    layers: int = setting(1, least=0)
     width: int = 384
-    epochs: int = 6
+    epochs: int = 2
     learning_rate: float = 1e-3
-    vocabulary: int = 16384
+    shadow_steps: int = setting(0, least=0)
+    shadow_alpha: float = 1.0
+    shadow_rank: int = 8
+    shadow_learning_rate: float = 1e-3
 
     def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:
         """See `Attack.run`."""
-        agreed = agreement_of(view)
-        bottom = Bottom(auxiliary.take("base_weights"), agreed.bottom_layers)
-        teacher = _Teacher(bottom, agreed, auxiliary.take("corpus"), self.vocabulary)
-        with torch.random.fork_rng(devices=[]):
+        scores = self.scores(view, auxiliary, rng)
+        return Reconstruction(tokens=[each.argmax(-1).tolist() for each in scores])
+
+    def scores(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> list[Float[Tensor, "_ v"]]:
+        """Train, then score every token of the vocabulary at each position of the view's sequences."""
+        agreed, model, corpus = agreement_of(view), auxiliary.take("base_weights"), auxiliary.take("corpus")
+        tuning = Tuning(self.shadow_steps, self.shadow_alpha, self.shadow_rank, self.shadow_learning_rate)
+        shadows = Shadows(model, agreed, tuning, corpus, rng)
+        table = model.get_input_embeddings().weight.detach().float()
+        teacher = _Teacher(shadows, agreed, [*corpus, *_random_texts(corpus, len(table), rng)], rng)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=rng)))
-            decoder = _Decoder(bottom.width, self.width, self.layers, len(teacher.tokens))
+            decoder = _Decoder(teacher.lesson(0).states.shape[-1] + 1, self.width, self.layers, table)
+            decoder.prepare(teacher)
             self._train(decoder, teacher)
         with torch.no_grad():
-            sequences = joined(smashed_states(view))
-            return Reconstruction(
-                tokens=[teacher.tokens[decoder(each[None])[0].argmax(-1)].tolist() for each in sequences]
-            )
+            every = torch.arange(len(table))
+            return [decoder(each[None], every)[0] for each in joined(smashed_states(view))]
 
     def _train(self, decoder: _Decoder, teacher: _Teacher) -> None:
-        lessons = list(teacher.lessons())
-        decoder.prepare(torch.cat([_scaled(lesson.states[lesson.present]) for lesson in lessons]))
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=self.learning_rate, weight_decay=0.01)
-        total = self.epochs * len(lessons)
+        total = self.epochs * len(teacher)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=total + 1)
         decoder.train()
         for _ in range(self.epochs):
-            for number in torch.randperm(len(lessons)).tolist():
-                lesson = lessons[number]
-                logits = decoder(lesson.states, lesson.padding)
-                loss = functional.cross_entropy(logits[lesson.present], lesson.labels[lesson.present])
+            for number in torch.randperm(len(teacher)).tolist():
+                lesson = teacher.lesson(number)
+                ids = lesson.ids[lesson.present]
+                classes = _classes(ids, decoder.vocab_size)
+                logits = decoder(lesson.states, classes, ~lesson.present)[lesson.present]
+                loss = functional.cross_entropy(logits, torch.searchsorted(classes, ids))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -171,29 +187,63 @@ class LearnedInverter(Attack):
         decoder.eval()
 
 
-class _Decoder(nn.Module):
-    """States to logits over the vocabulary: a projection, layers that look both ways along the text, a head."""
+def _random_texts(corpus: Sequence[Sequence[int]], vocabulary: int, rng: torch.Generator) -> list[list[int]]:
+    count = max(1, int(RANDOM_SHARE * len(corpus)))
+    length = max(1, sum(len(text) for text in corpus) // len(corpus))
+    return torch.randint(vocabulary, (count, length), generator=rng).tolist()
 
-    def __init__(self, inputs: int, width: int, layers: int, vocabulary: int) -> None:
+
+def _classes(ids: Int[Tensor, " n"], vocabulary: int) -> Int[Tensor, " c"]:
+    """The tokens that a batch's loss compares, sorted: its own, and random ones where the vocabulary is large."""
+    if vocabulary <= 2 * NEGATIVES:
+        return torch.arange(vocabulary)
+    return torch.unique(torch.cat([ids, torch.randint(vocabulary, (NEGATIVES,))]))
+
+
+class _Decoder(nn.Module):
+    """States to scores of tokens: a linear map to embeddings, corrected by layers that look both ways along the text."""
+
+    def __init__(self, inputs: int, width: int, layers: int, table: Float[Tensor, "v d"]) -> None:
         super().__init__()
+        self.vocab_size = len(table)
+        self.register_buffer("table", functional.normalize(table - table.mean(0), dim=-1))
         self.register_buffer("centre", torch.zeros(inputs))
         self.register_buffer("spread", torch.ones(inputs))
+        self.linear = nn.Linear(inputs, table.shape[1])
         self.enter = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
-        self.skip = nn.Linear(inputs, width)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, HEADS, 2 * width, 0.0, batch_first=True, norm_first=True)
             for _ in range(layers)
         )
-        self.head = nn.Linear(width, vocabulary)
+        self.leave = nn.Linear(width, table.shape[1])
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+        self.sharpness = nn.Parameter(torch.tensor(3.0))
 
-    def prepare(self, rows: Float[Tensor, "n d"]) -> None:
-        """Standardise inputs by these."""
+    @torch.no_grad()
+    def prepare(self, teacher: _Teacher) -> None:
+        """Standardise inputs by the lessons', and fit the linear map to them by ridge regression."""
+        lessons = [teacher.lesson(number) for number in range(len(teacher))]
+        rows = torch.cat([_scaled(lesson.states[lesson.present]) for lesson in lessons])
         self.get_buffer("centre").copy_(rows.mean(0))
         self.get_buffer("spread").copy_(rows.std(0).clamp_min(1e-6))
+        wanted = self.get_buffer("table")[torch.cat([lesson.ids[lesson.present] for lesson in lessons])]
+        inputs = self._standardised(rows)
+        gram = (inputs.T @ inputs).double()
+        gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
+        self.linear.weight.copy_(torch.linalg.solve(gram, (inputs.T @ (wanted - wanted.mean(0))).double()).T)
+        self.linear.bias.copy_(wanted.mean(0))
 
-    def forward(self, states: Float[Tensor, "n seq d"], padding: Tensor | None = None) -> Float[Tensor, "n seq v"]:
-        rows = (_scaled(states) - self.get_buffer("centre")) / self.get_buffer("spread")
-        hidden = self.skip(rows) + self.enter(rows)
+    def _standardised(self, rows: Tensor) -> Tensor:
+        return (rows - self.get_buffer("centre")) / self.get_buffer("spread")
+
+    def forward(
+        self, states: Float[Tensor, "n seq k"], classes: Int[Tensor, " c"], padding: Tensor | None = None
+    ) -> Float[Tensor, "n seq c"]:
+        """Scores of the tokens ``classes``."""
+        rows = self._standardised(_scaled(states))
+        hidden = self.enter(rows)
         for block in self.blocks:
             hidden = block(hidden, src_key_padding_mask=padding)
-        return self.head(hidden)
+        pointed = functional.normalize(self.linear(rows) + self.leave(hidden), dim=-1)
+        return self.sharpness.exp() * pointed @ self.get_buffer("table")[classes].T

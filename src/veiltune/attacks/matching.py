@@ -2,16 +2,18 @@
 
 *Reference.* The attack on permuted and plain states of "Hidden No More" (arXiv 2505.18332), on whole states here. States are
 causal: once the tokens before a position are known, only as many states are possible there as there are tokens. Candidates are
-computed through the public bottom with a KV cache and rounded as the wire rounds. A linear map from states to embeddings,
-fitted to random tokens through that bottom, leaves a shortlist to compute.
+computed through the public bottom with a KV cache and rounded as the wire rounds. A linear map from states to embeddings leaves a
+shortlist to compute (`attacks.shortlist`).
 
 *Bound.* Without noise the right candidate is at the distance of rounding errors. What moves the bottom (tuning, decorrelation)
-moves the right one away; with a beam a wrong token is not final.
+moves the right one away; with a beam a wrong token is not final. ``rounds`` more searches follow the first, each through a bottom
+that is corrected by what the one before found (`attacks.adapting`): against an owner's bottom that the attacker does not have,
+bottlenecks and noise. In these distances are log-likelihoods, and ``prior`` weighs the model's own log-probabilities beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,15 +21,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from veiltune.attacks.base import Attack, Auxiliary, EmbeddingTable, Knowledge, Reconstruction, provider_reads
+from veiltune.attacks.adapting import Channel
+from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads, setting
+from veiltune.attacks.fluency import Fluency
 from veiltune.attacks.passes import Agreement, agreement_of, joined, smashed_states
+from veiltune.attacks.shortlist import Shortlist
 from veiltune.attacks.view import View
 from veiltune.models.bottom import Bottom
 
 ROWS = 512  # candidates computed at a time
-FIT_TOKENS_PER_CHANNEL = 6
-FIT_LENGTH = 32
-RIDGE = 1e-3
+FLUENT = 4
+"""One in so many candidates comes from the prior, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -43,62 +47,52 @@ class VocabularyMatching(Attack):
 
     shortlist: int = 64
     beam: int = 1
+    rounds: int = setting(0, least=0)
+    prior: float = 0.0
 
     def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:
         """See `Attack.run`."""
         agreed = agreement_of(view)
         bottom = Bottom(auxiliary.take("base_weights"), agreed.bottom_layers)
-        shortlist = self.shortlist if bottom.vocab_size > ROWS else bottom.vocab_size  # so few can all be computed
-        search = _Search(bottom, agreed, min(shortlist, bottom.vocab_size), self.beam)
-        search.fit(rng)
-        return Reconstruction(tokens=search.all(joined(smashed_states(view))))
+        sequences = joined(smashed_states(view))
+        settings = {"shortlist": self.shortlist, "beam": self.beam, "rounds": self.rounds, "prior": self.prior}
+        return Reconstruction(tokens=match_states(bottom, agreed, sequences, rng, **settings))
+
+
+def match_states(
+    bottom: Bottom,
+    agreed: Agreement,
+    sequences: Sequence[Float[Tensor, "_ k"]],
+    rng: torch.Generator,
+    *,
+    shortlist: int,
+    beam: int = 1,
+    rounds: int = 0,
+    prior: float = 0.0,
+) -> list[list[int]]:
+    """The tokens of sequences of states at the cut."""
+    shortlist = shortlist if bottom.vocab_size > ROWS else bottom.vocab_size  # so few can all be computed
+    shortlist, channel = min(shortlist, bottom.vocab_size), Channel(bottom, agreed)
+    tokens = _Search(channel, shortlist, beam, rng).all(sequences)
+    for _ in range(rounds):
+        channel.adapt(sequences, tokens)
+        tokens = _Search(channel, shortlist, beam, rng, prior).all(sequences)
+    return tokens
 
 
 class _Search:
     """Beam search of the tokens behind states, over many sequences at once."""
 
-    def __init__(self, bottom: Bottom, agreed: Agreement, shortlist: int, beam: int) -> None:
-        self.bottom = bottom
-        self.agreed = agreed
+    def __init__(self, channel: Channel, shortlist: int, beam: int, rng: torch.Generator, prior: float = 0.0) -> None:
+        self.channel = channel
+        self.bottom = channel.bottom
         self.shortlist = shortlist
         self.beam = beam
-        self._table = EmbeddingTable(bottom.model)
-        self._firsts: Tensor | None = None
-        self._candidates: Callable[[Tensor, int], Tensor] = lambda _states, _position: torch.empty(0)
+        self.prior = prior
+        self._linear = Shortlist(channel, rng)
 
     @torch.no_grad()
-    def fit(self, rng: torch.Generator) -> None:
-        """The shortlist's linear map: states at the cut to embeddings, by ridge regression over random tokens."""
-        count = max(2, FIT_TOKENS_PER_CHANNEL * self.bottom.width // FIT_LENGTH)
-        ids = torch.randint(self.bottom.vocab_size, (count, FIT_LENGTH), generator=rng)
-        states = torch.cat([self._seen(part) for part in ids.split(max(1, ROWS // FIT_LENGTH))])[:, 1:].flatten(0, 1)
-        tokens = ids[:, 1:].flatten()
-        positions = torch.arange(1, FIT_LENGTH).repeat(count)
-        wanted = self._table.states(tokens, positions, "raw")
-        centre, target = states.mean(0), wanted.mean(0)
-        x, y = (states - centre).double(), (wanted - target).double()
-        gram = x.T @ x
-        gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
-        weights = torch.linalg.solve(gram, x.T @ y).float()
-        every = torch.arange(self.bottom.vocab_size)
-        tables: dict[int, Tensor] = {}
-
-        def candidates(seen: Tensor, position: int) -> Tensor:
-            place = position if self._table.has_positions else 0
-            if place not in tables:
-                tables.clear()
-                raw = self._table.states(every, torch.full_like(every, place), "raw") - target
-                tables[place] = torch.nn.functional.normalize(raw, dim=-1)
-            guess = torch.nn.functional.normalize((seen - centre) @ weights, dim=-1)
-            return (guess @ tables[place].T).topk(self.shortlist, dim=-1).indices
-
-        self._candidates = candidates
-
-    def _seen(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d"]:
-        return self.agreed.rounded(self.bottom.states(ids), starts=True)
-
-    @torch.no_grad()
-    def all(self, sequences: Sequence[Float[Tensor, "_ d"]]) -> list[list[int]]:
+    def all(self, sequences: Sequence[Float[Tensor, "_ k"]]) -> list[list[int]]:
         """The tokens of every sequence, a few sequences at a time, those of like length together."""
         size = max(1, ROWS // (self.shortlist * self.beam))
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
@@ -113,36 +107,47 @@ class _Search:
         from transformers import DynamicCache
 
         states = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        lengths = torch.tensor([len(each) for each in sequences])
         count, width = len(states), self.beam
         cache: Any = DynamicCache()
+        fluency = Fluency(self.bottom.model, count * width) if self.prior else None
         costs = torch.full((count, width), torch.inf)
         costs[:, 0] = 0.0
         tokens = torch.zeros((count, width, 0), dtype=torch.int64)
         for position in range(states.shape[1]):
             seen = states[:, position]
-            candidates = self._place_first(self._candidates(seen, position), position, seen)
+            following = None if fluency is None or fluency.next is None else fluency.next.view(count, width, -1)
+            candidates = self._candidates(seen, position, following)
             distances = self._distances(candidates, seen, cache, position)
+            if following is not None:
+                distances = distances / 2 - self.prior * following.gather(2, candidates[:, None].expand_as(distances))
+            distances[lengths <= position] = 0.0  # beyond its end a sequence only waits for the longer ones
             totals = (costs[..., None] + distances).flatten(1)
             costs, best = totals.topk(width, largest=False)
             prefix, which = best // self.shortlist, best % self.shortlist
             chosen = candidates.gather(1, which)
             tokens = torch.cat([tokens.gather(1, prefix[..., None].expand_as(tokens)), chosen[..., None]], dim=2)
             self._keep(cache, best, count)
+            if fluency is not None:
+                parents = torch.arange(count)[:, None] * width + prefix
+                fluency.extend(parents.flatten(), chosen.flatten())
         return tokens[:, 0].tolist()
 
-    def _place_first(self, candidates: Tensor, position: int, seen: Tensor) -> Tensor:
-        """The first position's state is an outlier that the linear map, fitted without it, may miss: try every token there."""
-        if position or self.bottom.layers == 0:
-            return candidates
-        if self._firsts is None:
-            parts = torch.arange(self.bottom.vocab_size)[:, None].split(4 * ROWS)
-            self._firsts = torch.cat([self._seen(part)[:, 0] for part in parts])
-        return torch.cdist(seen, self._firsts).topk(self.shortlist, largest=False).indices
+    def _candidates(
+        self, seen: Float[Tensor, "count k"], position: int, following: Tensor | None
+    ) -> Int[Tensor, "count shortlist"]:
+        """Tokens to compute: by the linear map, and some that the best prefix makes likely."""
+        if following is None or self.shortlist == self.bottom.vocab_size:
+            return self._linear.tokens(seen, position, self.shortlist)
+        fluent = self.shortlist // FLUENT
+        near = self._linear.tokens(seen, position, self.shortlist - fluent)
+        rest = following[:, 0].scatter(1, near, -torch.inf)
+        return torch.cat([near, rest.topk(fluent, dim=-1).indices], dim=1)
 
     def _distances(
-        self, candidates: Int[Tensor, "count k"], seen: Float[Tensor, "count d"], cache: Any, position: int
-    ) -> Float[Tensor, "count beam k"]:
-        """Squared distances of each candidate's state after each kept prefix, relative to the state's own square."""
+        self, candidates: Int[Tensor, "count n"], seen: Float[Tensor, "count k"], cache: Any, position: int
+    ) -> Float[Tensor, "count beam n"]:
+        """How far each candidate's state after each kept prefix is from what was seen."""
         count, k = candidates.shape
         prefixes = self.beam if position else 1
         if position and self.bottom.layers:
@@ -150,11 +155,9 @@ class _Search:
         ids = candidates[:, None].expand(count, prefixes, k).reshape(-1, 1)
         place = torch.full_like(ids, position)
         states = self.bottom.states(ids, position_ids=place, cache=cache if self.bottom.layers else None)
-        states = self.agreed.rounded(states, starts=position == 0).view(count, prefixes, k, -1)
-        squares = (states - seen[:, None, None]).square().sum(-1) / seen.square().sum(-1)[:, None, None].clamp_min(
-            1e-30
-        )
-        return squares if prefixes == self.beam else squares.expand(count, self.beam, k)
+        states = self.channel.seen(states, starts=position == 0).view(count, prefixes, k, -1)
+        squares = self.channel.distances(states, seen[:, None, None])
+        return squares if prefixes == self.beam else squares.expand(count, self.beam, k).clone()
 
     def _keep(self, cache: Any, best: Int[Tensor, "count beam"], count: int) -> None:
         """Of the candidates' caches those of the prefixes that are kept."""

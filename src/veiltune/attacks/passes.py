@@ -20,6 +20,20 @@ from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.transport.messages import Message, SegmentForward, TrunkForward, VeiledForward
 
 FIRST_SEGMENT = 0
+FIRST_STATES = {
+    "obfuscatune": frozenset(
+        {
+            "SegmentForward.segment",
+            "SegmentForward.context_id",
+            "SegmentForward.hidden",
+            "PassContext.context_id",
+            "PassContext.attention_mask",
+        }
+    ),
+    "veil": frozenset({"VeiledForward.hidden", "VeiledForward.attention_mask", "TrunkPlan.settings"}),
+}
+"""What carries first states, by design. Under `veil` they are those of single tokens only with enclave_layers = 0, which the
+host is told."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +51,38 @@ class States:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What owner and provider agreed on, of which an attack has use."""
+    """What owner and provider agreed on, of which an attack has use.
+
+    What crosses is ``quantised(projected(states))``: attacks compare in that space, whatever its width.
+    """
 
     bottom_layers: int
     wire: WireOptions
+    top_layers: int = 0
 
-    def rounded(self, states: Float[Tensor, "n seq d"], *, starts: bool) -> Float[Tensor, "n seq d"]:
-        """States as the wire would deliver them; as they are, where it rounds at random."""
+    def projected(self, states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
+        """States before they are rounded; differentiable. Nothing is projected on today's wire."""
+        return states
+
+    def quantised(self, crossing: Float[Tensor, "n seq k"], *, starts: bool) -> Float[Tensor, "n seq k"]:
+        """What the wire delivers of numbers that are to cross; those themselves, where it rounds at random."""
         if self.wire.activation_bits == 32 or self.wire.stochastic:
-            return states
+            return crossing
         codec = WireCodec.for_activations(self.wire)
-        return codec.decode(codec.encode(states, starts=starts))
+        return codec.decode(codec.encode(crossing, starts=starts))
+
+    def rounded(self, states: Float[Tensor, "n seq d"], *, starts: bool) -> Float[Tensor, "n seq k"]:
+        """States as the wire would deliver them, but for what is drawn at random."""
+        return self.quantised(self.projected(states), starts=starts)
+
+    def sent(
+        self, states: Float[Tensor, "n seq d"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "n seq k"]:
+        """One draw of what the wire delivers of whole sequences: for whoever learns from what crosses."""
+        if not self.wire.stochastic:
+            return self.rounded(states, starts=True)
+        codec = WireCodec.for_activations(self.wire, generator=generator)
+        return codec.decode(codec.encode(self.projected(states)))
 
 
 def begins_pass(message: Message) -> bool:
@@ -67,7 +102,8 @@ def agreement_of(view: View) -> Agreement:
     if not requests:
         raise DataError("the transcript holds no agreement between owner and provider", hint="record a whole session")
     terms = requests[0]["terms"]
-    return Agreement(int(terms["cut.bottom_layers"]), WireOptions.model_validate(terms["wire"]))
+    wire = WireOptions.model_validate(terms["wire"])
+    return Agreement(int(terms["cut.bottom_layers"]), wire, int(terms["cut.top_layers"]))
 
 
 def smashed_states(view: View) -> list[States]:
@@ -81,6 +117,45 @@ def smashed_states(view: View) -> list[States]:
         rows = view.rows(seen.number, len(hidden))
         lengths = lengths_of(seen["attention_mask"], len(hidden), hidden.shape[1])
         found.append(States(seen.number, hidden[rows], [lengths[row] for row in rows]))
+    return found
+
+
+@dataclass(frozen=True)
+class Returned:
+    """Wanted rows of a pass that had a backward: the trunk's output, and what the owner returned as its gradient."""
+
+    number: int
+    outputs: Float[Tensor, "rows seq d"]
+    gradients: Float[Tensor, "rows seq d"]
+    lengths: Sequence[int]
+
+
+def returned_gradients(view: View) -> dict[int, Returned]:
+    """Output and gradient of each pass that has both, by the number of its forward's message.
+
+    A ticket names one forward of a session; sessions count anew, so an answer belongs to the last forward of its ticket.
+    """
+    wire = agreement_of(view).wire
+    states, gradients = WireCodec.for_activations(wire), WireCodec.for_gradients(wire)
+    kinds = ("TrunkForward", "TrunkOutput", "TrunkBackward")
+    forwards: dict[int, Any] = {}
+    outputs: dict[int, Tensor] = {}
+    found: dict[int, Returned] = {}
+    for seen in sorted((each for kind in kinds for each in view.messages(kind)), key=lambda each: each.number):
+        ticket = seen["ticket"]
+        if seen.kind == "TrunkForward":
+            forwards[ticket] = seen
+        elif ticket not in forwards or (view.targets is not None and not view.targets.get(forwards[ticket].number)):
+            continue
+        elif seen.kind == "TrunkOutput":
+            outputs[forwards[ticket].number] = seen["hidden"]
+        elif forwards[ticket].number in outputs:
+            forward = forwards[ticket]
+            whole = states.decode(outputs.pop(forward.number)).float()
+            rows = view.rows(forward.number, len(whole))
+            lengths = lengths_of(forward["attention_mask"], *whole.shape[:2])
+            gradient = gradients.decode(seen["gradient"]).float()[rows]
+            found[forward.number] = Returned(forward.number, whole[rows], gradient, [lengths[row] for row in rows])
     return found
 
 
@@ -111,6 +186,19 @@ def _first_segments(view: View) -> list[States]:
         lengths = lengths_of(masks.get(seen.number), len(hidden), hidden.shape[1])
         found.append(States(seen.number, hidden[rows], [lengths[row] for row in rows]))
     return found
+
+
+def every_row(view: View) -> View:
+    """The same view with every row of every pass asked for: what is not to be found may help to find the rest."""
+    kind = "VeiledForward" if view.rights.design == "veil" else "SegmentForward"
+    return view.aimed({seen.number: range(len(seen["hidden"])) for seen in view.messages(kind)})
+
+
+def blocks_before(view: View) -> int:
+    """Blocks of the model that run in the enclave, before the host's first."""
+    if view.rights.design != "veil":
+        return 0
+    return int(view.messages("TrunkPlan")[0]["settings"]["bottom_layers"])
 
 
 def masks_of_segments(view: View) -> dict[int, Any]:

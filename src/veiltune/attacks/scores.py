@@ -104,6 +104,28 @@ def score_texts(truth: Sequence[Sequence[int]], found: Sequence[Sequence[int]], 
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def score_labels(truth: Sequence[Sequence[int]], found: Sequence[Sequence[int]], decode: Decode) -> PerSequence:
+    """Labels of each sequence, aligned with its tokens, -100 where there is none.
+
+    ``label_recovery`` is the share of labelled positions with the right token there, ``label_precision`` that of positions taken
+    for labelled; the rest are text metrics of the labelled tokens in order. The first token never bears loss, so it never counts.
+    """
+    rows: list[dict[str, float | None]] = []
+    for true, mine in zip(truth, found, strict=True):
+        right = sum(a == b and a >= 0 for a, b in zip(true[1:], mine[1:], strict=False))
+        texts = [[token for token in each[1:] if token >= 0] for each in (true, mine)]
+        text = score_text(texts[0], texts[1], decode)
+        rows.append({"label_recovery": right / len(texts[0]) if texts[0] else None})
+        rows[-1] |= {"label_precision": right / len(texts[1]) if texts[1] else 0.0}
+        rows[-1] |= {f"label_{name}": text[name] for name in ("rougeL", "bag_f1", "exact")}
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def score_predictions(truth: Sequence[Sequence[int]], found: Sequence[Sequence[int]], what: str) -> PerSequence:
+    """Share of each text's next tokens that a model predicts, as the metric ``what``."""
+    return {what: [token_recovery(*pair) for pair in zip(truth, found, strict=True)]}
+
+
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +147,38 @@ def score_tensors(truth: Sequence[Tensor], found: Sequence[Tensor], what: str) -
         f"{what}_error": [None if pair is None else relative_error(*pair) for pair in pairs],
         f"{what}_cosine": [None if pair is None else mean_cosine(*pair) for pair in pairs],
     }
+
+
+def score_units(truth: Sequence[Tensor], found: Sequence[Tensor]) -> PerSequence:
+    """Rows that are vectors of hidden units: the share whose most alike true one is their own, beside error and cosine."""
+    pairs = [_common_rows(*pair) for pair in zip(truth, found, strict=True)]
+    return score_tensors(truth, found, "unit") | {
+        "unit_accuracy": [None if pair is None else _own_share(*pair) for pair in pairs]
+    }
+
+
+def _own_share(truth: Tensor, found: Tensor) -> float:
+    normal = torch.nn.functional.normalize
+    nearest = (normal(found.float(), dim=-1) @ normal(truth.float(), dim=-1).T).argmax(1)
+    return float((nearest == torch.arange(len(nearest))).double().mean())
+
+
+def score_sources(truth: Sequence[Tensor], found: Sequence[Tensor]) -> PerSequence:
+    """``basis_correlation``: the absolute correlation of each source with the true coordinate that is assigned to it.
+
+    Sources, not sequences, are what is counted. Assigning chooses the best of many, so chance is above zero: the more so the
+    fewer the rows, which the shuffled control shows.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    rows = [min(len(a), len(b)) for a, b in zip(truth, found, strict=True)]
+    ours, theirs = (
+        torch.cat([each[:n] for each, n in zip(side, rows, strict=True)]).double() for side in (truth, found)
+    )
+    ours, theirs = (torch.nn.functional.normalize(side - side.mean(0), dim=0) for side in (ours, theirs))
+    alike = (ours.T @ theirs).abs()
+    places, sources = linear_sum_assignment(alike.numpy(), maximize=True)
+    return {"basis_correlation": list(alike[places, sources].tolist())}
 
 
 def _common_rows(truth: Tensor, found: Tensor) -> tuple[Tensor, Tensor] | None:

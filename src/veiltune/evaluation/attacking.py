@@ -15,16 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from veiltune.attacks import ATTACKS, Attack, Auxiliary, EmbeddingTable, Reconstruction, Rights, View, load_view
+from veiltune.attacks.base import predictions
 from veiltune.attacks.controls import Finding, Trial, require_controls
 from veiltune.attacks.passes import begins_pass
-from veiltune.attacks.scores import score_tensors, score_texts
+from veiltune.attacks.scores import (
+    score_labels,
+    score_predictions,
+    score_sources,
+    score_tensors,
+    score_texts,
+    score_units,
+)
 from veiltune.config import Config, load_config
 from veiltune.designs import DESIGNS
 from veiltune.errors import ConfigError, UserError
 from veiltune.evaluation.auxiliary import ancestor_of, public_corpus
+from veiltune.evaluation.hosted import ancestor_model, enclave_layers, first_states, texts_of, trunk_weights
 from veiltune.evaluation.record import RESULT
 from veiltune.evaluation.truth import Moment, TruePass, TrueRow, distinct_rows, scorer_reads, true_passes
 from veiltune.evaluation.unprotected import unprotected
@@ -32,6 +41,9 @@ from veiltune.models.sources import resolve_model
 from veiltune.results import read_result, write_result
 
 Say = Callable[[str], None]
+
+HELD_OUT_LENGTH = 128
+"""Tokens of a public text that a stolen model is measured on."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class _Case:
     known: list[tuple[int, int, int]]
     known_rows: int
     seed: int
+    held_out: list[list[int]]
 
     @property
     def truths(self) -> list[list[int]]:
@@ -101,7 +114,7 @@ def attack_run(
     config = run_config(run)
     require_fit(attack, config)
     result = read_result(run / RESULT)
-    case = _case(run, config, attack, moment, limit, seed, say)
+    case = _case(run, config, attack, moment, limit, seed, corpus, say)
     found, leaky = _attempts(case, corpus, say)
     setting = "; ".join(part for part in (attack.setting, "" if moment == "first" else "at=last") if part)
     findings = tuple(_findings(case, found, leaky, setting))
@@ -113,14 +126,17 @@ def _attempts(case: _Case, corpus: str | None, say: Say) -> tuple[Reconstruction
     """What the attack makes of the view, and of the same without protection; both draw alike."""
     attack = case.attack
     auxiliary = _auxiliary(case, attack, corpus, say)
-    say(f"attacking {len(case.rows) - case.known_rows} sequences: {attack.summary}")
+    what = f"attacking {len(case.rows) - case.known_rows} sequences: " if attack.of_texts else ""
+    say(f"{what}{attack.summary}")
     found = attack.run(case.view, auxiliary, torch.Generator().manual_seed(case.seed))
     say("the same without protection (leaky control)")
-    bare = unprotected(case.view, case.model, case.passes, case.config.cut.bottom_layers)
-    other = dataclasses.replace(attack, **attack.leaky_settings)
+    layers = enclave_layers(case.config) if attack.leaky_layers is None else attack.leaky_layers
+    bare = unprotected(case.view, case.model, case.passes, case.config.cut, layers)
     if attack.leaky_settings:
-        auxiliary = _auxiliary(case, other, corpus, say)
-    return found, other.run(bare, auxiliary, torch.Generator().manual_seed(case.seed))
+        auxiliary = _auxiliary(case, dataclasses.replace(attack, **attack.leaky_settings), corpus, say)
+    if attack.leaky_knows_text:
+        auxiliary = dataclasses.replace(auxiliary, corpus=texts_of(case.passes))
+    return found, attack.leaky(bare, auxiliary, torch.Generator().manual_seed(case.seed))
 
 
 def run_config(run: Path) -> Config:
@@ -150,11 +166,10 @@ def require_fit(attack: Attack, config: Config) -> None:
     if design not in attack.against:
         fitting = ", ".join(sorted(name for name, kind in ATTACKS.items() if design in kind.against)) or "none"
         raise UserError(f"{attack.name} is no attack on {design}", hint=f"attacks on {design}: {fitting}")
-    layers = config.design_options.get("veil", {}).get("enclave_layers", 0) if design == "veil" else 0
-    if layers:
+    if attack.single_tokens and (layers := enclave_layers(config)):
         raise UserError(
             f"{attack.name} knows single tokens' states, and with veil.enclave_layers = {layers} none of them crosses",
-            hint="its failure there would prove nothing; attack a run with veil.enclave_layers = 0",
+            hint="its failure there would prove nothing; known_plaintext takes whole known texts and reads through the blocks",
         )
 
 
@@ -180,7 +195,9 @@ def transcripts_of(run: Path, observer: str) -> list[Path]:
     return paths
 
 
-def _case(run: Path, config: Config, attack: Attack, moment: Moment, limit: int, seed: int, say: Say) -> _Case:
+def _case(
+    run: Path, config: Config, attack: Attack, moment: Moment, limit: int, seed: int, corpus: str | None, say: Say
+) -> _Case:
     say("reading the transcript")
     rights = rights_of(config.design, attack.observer)
     reads = attack.against[config.design]
@@ -190,28 +207,38 @@ def _case(run: Path, config: Config, attack: Attack, moment: Moment, limit: int,
     checkpoint = resolve_model(config.model)
     tokenizer = checkpoint.load_tokenizer()
     longest = int(getattr(checkpoint.config, "max_position_embeddings", None) or 1 << 30)
-    passes = true_passes(whole, config, tokenizer, longest)
+    passes = true_passes(whole, config, tokenizer, longest) if attack.of_texts else {}
     say("loading the plain model")
     model = checkpoint.load_plain(torch.float32)
-    rows, known, known_rows = _chosen(distinct_rows(passes, moment), attack, limit, EmbeddingTable(model).has_positions)
+    if not attack.of_texts:
+        texts = public_corpus(config, tokenizer, (), corpus, lambda _: None)
+        held_out = [text[:HELD_OUT_LENGTH] for text in texts[-limit:]]
+        return _Case(attack, config, model, tokenizer, whole.narrowed(reads), {}, [], [], 0, seed, held_out)
+    kept = "place" if EmbeddingTable(model).has_positions else "token"
+    told_by = "text" if enclave_layers(config) else kept
+    rows, known, known_rows = _chosen(distinct_rows(passes, moment), attack, limit, told_by)
     targets: dict[int, list[int]] = {}
     for row in rows:
         targets.setdefault(row.number, []).append(row.row)
     view = whole.narrowed(reads).aimed(targets)
-    return _Case(attack, config, model, tokenizer, view, passes, rows, known, known_rows, seed)
+    return _Case(attack, config, model, tokenizer, view, passes, rows, known, known_rows, seed, [])
 
 
 def _chosen(
-    rows: Sequence[TrueRow], attack: Attack, limit: int, by_position: bool
+    rows: Sequence[TrueRow], attack: Attack, limit: int, told_by: str
 ) -> tuple[list[TrueRow], list[tuple[int, int, int]], int]:
-    """Sequences in the order of their passes, the pairs that the attacker knows, and how many sequences those take."""
+    """Sequences in the order of their passes, the pairs that the attacker knows, and how many sequences those take.
+
+    Known states are told apart by their token, their token and place, or (where they come of all before them) are all distinct.
+    """
     wanted = getattr(attack, "anchors", 0) or getattr(attack, "pairs", 0)
     known: dict[tuple[int, int], tuple[TrueRow, int, int]] = {}
     taken = 0
     while len(known) < wanted and taken < len(rows):
         for position, token in enumerate(rows[taken].tokens):
             if len(known) < wanted:
-                known.setdefault((token, position if by_position else 0), (rows[taken], position, token))
+                label = {"token": (token, 0), "place": (token, position), "text": (-1 - taken, position)}[told_by]
+                known.setdefault(label, (rows[taken], position, token))
         taken += 1
     others = list(rows[taken : taken + limit])
     if len(known) < wanted or len(others) < 2:
@@ -237,8 +264,10 @@ def _auxiliary(case: _Case, attack: Attack, corpus: str | None, say: Say) -> Aux
         given["known_pairs"] = case.known
     if "public_ancestor" in attack.auxiliary:
         given["public_ancestor"] = ancestor_of(case.model, getattr(attack, "distance", 0.0), case.seed)
+        if "ancestor_model" in attack.auxiliary:
+            given["ancestor_model"] = ancestor_model(case.model, given["public_ancestor"])
     if "corpus" in attack.auxiliary:
-        given["corpus"] = public_corpus(case.config, case.tokenizer, case.truths, corpus, say)
+        given["corpus"] = public_corpus(case.config, case.tokenizer, [*case.truths, *case.held_out], corpus, say)
     return Auxiliary(granted=attack.auxiliary, **given)
 
 
@@ -270,23 +299,35 @@ def _trials(case: _Case, found: Reconstruction, leaky: Reconstruction) -> list[T
         score = partial(score_texts, decode=partial(case.tokenizer.decode, skip_special_tokens=True))
         sides = (case.truths, found.tokens, leaky.tokens)
         trials.append(Trial(score, *([side[i] for i in rows] for side in sides)))
+    if found.labels and leaky.labels:
+        score = partial(score_labels, decode=partial(case.tokenizer.decode, skip_special_tokens=True))
+        sides = ([list(row.labels) for row in case.rows], found.labels, leaky.labels)
+        trials.append(Trial(score, *([side[i] for i in rows] for side in sides)))
     if found.states and leaky.states:
-        truths = _true_states(case)
+        truths = first_states(case.model, case.config, case.truths)
         sides = (truths, found.states, leaky.states)
         trials.append(Trial(partial(score_tensors, what="state"), *([side[i] for i in rows] for side in sides)))
     if found.weights and leaky.weights:
         names = sorted(found.weights)
-        true = [case.model.get_parameter(name).detach() for name in names]
-        sides = ([found.weights[name] for name in names], [leaky.weights[name] for name in names])
-        trials.append(Trial(partial(score_tensors, what="weight"), true, *sides))
+        true = trunk_weights(case.model, case.config.design)
+        sides = ([each[name] for name in names] for each in (true, found.weights, leaky.weights))
+        trials.append(Trial(partial(score_tensors, what="weight"), *sides))
+    if found.units and leaky.units:
+        names = sorted(found.units)
+        true = trunk_weights(case.model, case.config.design)
+        shaped = [true[name] if true[name].shape == found.units[name].shape else true[name].T for name in names]
+        sides = ([each[name] for name in names] for each in (found.units, leaky.units))
+        trials.append(Trial(score_units, shaped, *sides))
+    if found.sources and leaky.sources:
+        truths = first_states(case.model, case.config, case.truths)
+        trials.append(Trial(score_sources, truths, found.sources, leaky.sources, leaky.source_truth))
+    if found.predict and leaky.predict:
+        sides = tuple([predict(text) for text in case.held_out] for predict in (found.predict, leaky.predict))
+        nexts = [text[1:] for text in case.held_out]
+        theirs = [predictions(case.model, text) for text in case.held_out]
+        trials.append(Trial(partial(score_predictions, what="next_token_accuracy"), nexts, *sides))
+        trials.append(Trial(partial(score_predictions, what="agreement"), theirs, *sides))
     return trials
-
-
-@torch.no_grad()
-def _true_states(case: _Case) -> list[Tensor]:
-    table = EmbeddingTable(case.model)
-    form = table.form(case.config.design)
-    return [table.states(torch.tensor(row), torch.arange(len(row)), form) for row in case.truths]
 
 
 def _samples(case: _Case, found: Reconstruction) -> tuple[Sample, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from veiltune.models.cut import Cut
 from veiltune.models.cut_accounting import CutShares, cut_placement, cut_shares
 from veiltune.models.family import Placement
 from veiltune.models.sources import resolve_config
+from veiltune.models.veil_accounting import veil_placement, veil_shares
 
 BATCH, LENGTH = 4, 128
 """Of the forward pass whose FLOPs are counted."""
@@ -23,7 +24,9 @@ PLACEMENTS: tuple[Placement, ...] = ("compact", "paper")
 
 @dataclass(frozen=True)
 class Inspection:
-    """One model under each way of dividing it, by label ("local", "obfuscatune compact", "cut 2+2": all designs that cut it).
+    """One model under each way of dividing it, by label.
+
+    Labels are "local", "obfuscatune compact", "veil 1+0" (blocks in the enclave), "cut 2+2" (all designs that cut it).
 
     Attributes:
         model: as the user named it.
@@ -68,6 +71,7 @@ def inspect_model(
     placement: Placement | None = None,
     *,
     layers: tuple[int, int] | None = None,
+    enclave_layers: Sequence[int] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Look at a model under every design. No weight is read.
@@ -76,11 +80,12 @@ def inspect_model(
         model: a model source.
         placement: of `obfuscatune`; both if ``None``.
         layers: the owner's first and last layers where the model is cut; as many as are usual and fit if ``None``.
+        enclave_layers: of `veil`, a column for each; its default if empty.
         progress: called with a line before anything slow.
 
     Raises:
         ModelError: the model's configuration cannot be had, or no family covers it.
-        ConfigError: ``layers`` leave no trunk.
+        ConfigError: ``layers`` or ``enclave_layers`` leave no trunk.
     """
     config = resolve_config(model, progress=progress)
     found = Inspection(model, {}, {}, {})
@@ -90,6 +95,12 @@ def inspect_model(
             found.places[label] = tensor_placement(config, each, name)
             found.counts[label] = shares(config, each, BATCH, LENGTH, design=name)
         found.sees[name] = observers(name)
+    for depth in enclave_layers or (min(1, config.num_hidden_layers - 1),):
+        cut = Cut.of(config, depth, 0)
+        label = f"veil {depth}+0"
+        found.places[label] = veil_placement(config, cut)
+        found.counts[label] = veil_shares(config, cut, BATCH, LENGTH)
+    found.sees["veil"] = observers("veil")
     usual = min(CutConfig().bottom_layers, (config.num_hidden_layers - 1) // 2)
     if usual or layers is not None:
         cut = Cut.of(config, *(layers or (usual, usual)))
@@ -103,14 +114,18 @@ def inspect_model(
 def observers(design: str) -> dict[str, list[str]]:
     """What each observer of a design learns: host first, then the others; messages of mere control are left out."""
     table = DESIGNS[design]
-    order = sorted(table.reveals, key=lambda who: (who != "host", who))
     return {
         who: [
             *(f"{reveal.form}: {reveal.what}" for reveal in table.reveals[who].values() if reveal.form != "control"),
             *(f"besides: {what}" for what in table.also_sees.get(who, ())),
         ]
-        for who in order
+        for who in observers_of(design)
     }
+
+
+def observers_of(design: str) -> list[str]:
+    """Parties that receive anything under a design, the host first."""
+    return sorted(DESIGNS[design].reveals, key=lambda who: (who != "host", who))
 
 
 def _has_placement(design: str) -> bool:

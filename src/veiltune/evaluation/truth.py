@@ -46,12 +46,13 @@ class TruePass:
 
 @dataclass(frozen=True)
 class TrueRow:
-    """One sequence that crossed: the message of its pass, its row there, its tokens, and what it is told from others by."""
+    """One sequence that crossed: the message of its pass, its row there, its tokens, what tells it from others, its labels."""
 
     number: int
     row: int
     tokens: tuple[int, ...] = field(repr=False)
     prompt: tuple[int, ...] = field(repr=False)
+    labels: tuple[int, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -199,5 +200,5 @@ def distinct_rows(passes: dict[int, TruePass], moment: Moment) -> list[TrueRow]:
             tokens = tuple(ids[: int(mask.sum())].tolist())
             labelled = torch.nonzero(labels >= 0).flatten().tolist()
             prompt = tokens[: labelled[0]] if labelled and labelled[0] else tokens
-            chosen.setdefault(prompt, TrueRow(number, index, tokens, prompt))
+            chosen.setdefault(prompt, TrueRow(number, index, tokens, prompt, tuple(labels[: len(tokens)].tolist())))
     return list(chosen.values())

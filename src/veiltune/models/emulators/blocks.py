@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from veiltune.errors import ModelError, ProtocolError
+from veiltune.models.cut import Cut, PassThrough, trunk_model
 from veiltune.models.emulators.card import EmulatorCard, block_linears, check_tensors, fan
+from veiltune.models.emulators.distil import Runner
 from veiltune.models.emulators.linears import LowRankLinear, QuantisedLinear
 from veiltune.models.families import find_family
 from veiltune.models.family import Family
@@ -81,6 +83,20 @@ def install_emulator(
             )
     for slot, block in emulator_blocks(config, trunk, card, tensors, materialise=materialise).items():
         setattr(slots, str(slot), block)
+
+
+def as_trunk(config: Any, cut: Cut, blocks: Mapping[int, nn.Module]) -> Runner:
+    """What runs an emulator's blocks on hidden states, as the trunk would run: in the other slots states pass through."""
+    model = trunk_model(config, cut)
+    slots = model.get_submodule(find_family(config).blocks)
+    for slot in cut.trunk:
+        setattr(slots, str(slot), blocks.get(slot) or PassThrough(slot))
+    decoder: Any = model.get_submodule(find_family(config).decoder)
+
+    def run(hidden: Tensor, mask: Tensor | None) -> Tensor:
+        return decoder(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
+
+    return run
 
 
 def _fill_block(
