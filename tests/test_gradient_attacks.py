@@ -17,6 +17,7 @@ import helpers
 from helpers import make_config
 from test_attacks import attacked, write_letters
 from veiltune.attacks.gradients import Step, attention_inputs, basis_of, plain_step, residuals
+from veiltune.attacks.lamp import Lamp, _Target, _Texts
 from veiltune.attacks.span import SpanSearch
 from veiltune.errors import DataError, UserError
 from veiltune.evaluation import RESULT, result_of
@@ -208,6 +209,26 @@ def test_lamp_matches_gradients_of_one_text(run: Path) -> None:
     assert found["bag_f1"].leaky_control >= 0.5
     assert found["bag_f1"].value < found["bag_f1"].leaky_control - 0.2
     assert found["bag_f1"].n == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lamps_gradients_are_autograds(family: str) -> None:
+    """The slow twin: the distance of each text by itself, from the gradients of the weights; that of the text itself is 0."""
+    model = wide_model(family).requires_grad_(False)
+    texts = texts_of(model, [9, 9])
+    step = step_of(model, texts[:1])
+    readers = [each for each in SpanSearch(model, 0.1, 9).family.linears(3) if each.side == "input"]
+    target = _Target(model, step, readers)
+    search = _Texts(Lamp(prior=0.0), model, target, 9, None, torch.Generator())
+    fast = search.costs(torch.tensor(texts)[:, :-1])
+    slow = []
+    for text in texts:
+        mine = full_gradients(model, [true_pass([text])])
+        pairs = [(mine[f"{each.path}.weight"], step.gradients[f"{each.path}.weight"]) for each in readers]
+        cosines = [torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in pairs]
+        slow.append(float(1 - torch.stack(cosines).mean()))
+    assert fast.tolist() == pytest.approx(slow, abs=1e-4)
+    assert float(fast[0]) < 1e-4 < 0.05 < float(fast[1])
 
 
 def test_lamp_is_for_one_text_a_step(tmp_path: Path) -> None:
