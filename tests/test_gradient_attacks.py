@@ -228,7 +228,8 @@ def test_lamps_gradients_are_autograds(family: str) -> None:
         cosines = [torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in pairs]
         slow.append(float(1 - torch.stack(cosines).mean()))
     assert fast.tolist() == pytest.approx(slow, abs=1e-4)
-    assert float(fast[0]) < 1e-4 < 0.05 < float(fast[1])
+    assert float(fast[0]) < 1e-4
+    assert float(fast[1]) > 0.05
 
 
 def test_lamp_is_for_one_text_a_step(tmp_path: Path) -> None:
