@@ -92,6 +92,23 @@ def attacks(rows_of: Rows, markdown: Markdown) -> str:
     return markdown(["design", "setting", "observer", "attack", "metric", "value (95%)", "leaky", "shuffled"], lines)
 
 
+def leaks(rows_of: Rows, markdown: Markdown) -> str:
+    """The strongest text reconstruction of each design and setting, by ROUGE-L, and of which attack it was."""
+    texts = [row for row in rows_of("attacks") if row.get("metric") == "rougeL"]
+    if not texts:
+        return NOTHING_MEASURED
+    lines: list[list[str]] = []
+    for heading in dict.fromkeys((row["design"], row["setting"].partition(";")[0], row["observer"]) for row in texts):
+        same = [r for r in texts if (r["design"], r["setting"].partition(";")[0], r["observer"]) == heading]
+        worst = max(same, key=lambda row: row["value"])
+        interval = "" if worst["ci95"] is None else f"{worst['ci95'][0]:.2f}–{worst['ci95'][1]:.2f}, "
+        value = f"{worst['value']:.2f} ({interval}n = {worst['n']})"
+        told = "; ".join([f"`{worst['attack']}`", *(part.strip() for part in worst["setting"].split(";")[1:])])
+        controls = [f"{worst[name]:.2f}" for name in ("leaky_control", "shuffled_control")]
+        lines.append([f"`{heading[0]}`", heading[1], heading[2], told, value, *controls])
+    return markdown(["design", "setting", "observer", "strongest attack", "ROUGE-L (95%)", "leaky", "shuffled"], lines)
+
+
 def _headlines(rows: list[Row]) -> list[Row]:
     """One row an attack, design and setting: its first metric of `HEADLINES`, or the reason why it has none."""
     groups: dict[tuple[str, ...], list[Row]] = {}

@@ -218,6 +218,11 @@ def claims_attacks() -> str:
     return claims.attacks(rows_of, _markdown)
 
 
+def leaks() -> str:
+    """The strongest text reconstruction of each design."""
+    return claims.leaks(rows_of, _markdown)
+
+
 def claims_not_protected() -> str:
     """What designs hand out."""
     return claims.not_protected(_markdown)
@@ -239,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
         claims_exact,
         ancestry,
         claims_attacks,
+        leaks,
         claims_not_protected,
     )
 }

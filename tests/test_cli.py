@@ -194,7 +194,7 @@ def test_inspect_counts_without_making_weights(veiltune: Any) -> None:
     shown = veiltune("inspect", "random:gpt2-xl", "--json").json
     found, sees = shown["designs"], shown["sees"]
     assert contents(helpers.scratch() / "cache") == before
-    assert set(found) == {"local", "obfuscatune compact", "obfuscatune paper", "cut 2+2"}
+    assert set(found) == {"local", "obfuscatune compact", "obfuscatune paper", "veil 1+0", "cut 2+2"}
     assert set(sees) == set(DESIGNS)
     assert found["obfuscatune compact"]["param_share"] < 0.054, "the paper's figure for GPT2-XL"
     assert found["local"]["revealed_param_share"] == 1.0

@@ -198,6 +198,12 @@ def out_of_date(certificate: x509.Certificate, now: datetime) -> str | None:
     return None
 
 
+_UNREADABLE: Final = (
+    *(ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature),
+    *(x509.InvalidVersion, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
+)
+
+
 def read_certificate(der: bytes) -> tuple[x509.Certificate, str]:
     """A certificate that a stranger sent, and the pin of its key. Nothing is known yet but that its own key signed it.
 
@@ -207,7 +213,7 @@ def read_certificate(der: bytes) -> tuple[x509.Certificate, str]:
     try:
         certificate = x509.load_der_x509_certificate(der)
         return certificate, _check_certificate(certificate)
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, Warning) as error:
+    except (*_UNREADABLE, Warning) as error:
         # Odd but parsable certificates only warn, which a process may have made an error.
         raise ProtocolError(f"its certificate is malformed ({type(error).__name__})") from None
 
