@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509 import CertificateBuilder, Name
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -282,6 +282,7 @@ def test_a_certificate_that_its_own_key_did_not_sign_is_refused() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, len(DER) - 1), st.integers(1, 255))
+@example(DER.index(b"\xa0\x03\x02\x01") + 4, 1)  # the version, of which cryptography has an error of its own
 def test_an_altered_certificate_is_refused_or_is_not_ours(at: int, flip: int) -> None:
     """Every byte is signed, or is the signature: with the key unchanged nothing else may be."""
     altered = bytearray(DER)
