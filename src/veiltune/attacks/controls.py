@@ -105,8 +105,9 @@ class Trial:
 
     def figures(self, generator: torch.Generator) -> dict[str, dict[str, Any]]:
         """By metric: value, n, ci95, leaky_control, shuffled_control; only metrics that have all of them."""
-        protected, leaky = self.score(self.truth, self.found), self.score(
-            self.truth if self.leaky_truth is None else self.leaky_truth, self.leaky_found
+        protected, leaky = (
+            self.score(self.truth, self.found),
+            self.score(self.truth if self.leaky_truth is None else self.leaky_truth, self.leaky_found),
         )
         crossed, leaks = shuffled(self.score, self.truth, self.found), scores.means(leaky)
         return {

@@ -173,7 +173,9 @@ class SpanSearch:
         """By length, the prefixes whose states are all in the second span, the best first; else the ``rows`` best."""
         levels = [[_Prefix([], 0.0)]]
         for position in range(depth):
-            before = torch.tensor([each.tokens for each in levels[-1]], dtype=torch.int64).view(len(levels[-1]), position)
+            before = torch.tensor([each.tokens for each in levels[-1]], dtype=torch.int64).view(
+                len(levels[-1]), position
+            )
             count = len(tokens[position])
             longer = torch.cat([before.repeat_interleave(count, 0), tokens[position].repeat(len(before))[:, None]], 1)
             last = torch.cat([self._second_residuals(part, span) for part in longer.split(self._at_once(position))])

@@ -203,9 +203,7 @@ def _resume(fresh: Manifest, directory: Path, key_path: Path) -> tuple[Manifest,
 class _Run:
     """One run over the blocks."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, protector: Protector, directory: Path, report: Report
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, protector: Protector, directory: Path, report: Report) -> None:
         self.checkpoint = checkpoint
         self.protector = protector
         self.directory = directory
