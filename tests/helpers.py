@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from veiltune.config import Config, load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import option_tables
 from veiltune.models.presets import random_config
 from veiltune.models.random_weights import byte_tokenizer, write_random_weights
 from veiltune.parties.party import Job
@@ -31,7 +31,6 @@ from veiltune.session import Outcome, Session, run_session
 from veiltune.transport.messages import Message
 from veiltune.transport.transcript import Record, read_transcript
 
-OPTIONS = {name: design.options for name, design in DESIGNS.items()}
 SMALL = "2,32,4,259"
 """Layers, hidden width, heads, vocabulary of the tiny models."""
 
@@ -131,7 +130,7 @@ def make_config(design: str, model: str, output: Path, **tables: Any) -> Config:
     }
     for name, value in tables.items():
         values[name] = {**values.get(name, {}), **value} if isinstance(value, Mapping) else value
-    return load_config(values, options=OPTIONS)
+    return load_config(values, options=option_tables())
 
 
 def run(config: Config, job: Job | str, **arguments: Any) -> Outcome:
@@ -334,3 +333,8 @@ def close_sequences(actual: Sequence[float], expected: Sequence[float]) -> float
     """The largest relative difference of two sequences of equal length."""
     assert len(actual) == len(expected)
     return max(abs(a - b) / abs(b) for a, b in zip(actual, expected, strict=True))
+
+
+def flipped(data: bytes, at: int, mask: int = 1) -> bytes:
+    """The bytes with some bits of one of them turned over."""
+    return data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]

@@ -24,10 +24,6 @@ SVN = 7  # of every component of this platform
 TD_QE_SIGNER, QE_SIGNER = "d1" * 32, "c1" * 32
 
 
-def flipped(data: bytes, at: int, mask: int = 1) -> bytes:
-    return data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
-
-
 def tlv(tag: int, *parts: bytes) -> bytes:
     """DER."""
     body = b"".join(parts)

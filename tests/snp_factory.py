@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from helpers import flipped
 from quote_factory import WHEN, named, tlv
 from veiltune.tee.attestation.snp import SnpEvidence
 from veiltune.tee.attestation.snp_certificates import Chain
@@ -143,3 +145,12 @@ def evidence(report_data: bytes, **fields: Any) -> SnpEvidence:
 
 PKCS1 = (SHA384(), None)
 SHA256_PSS = (SHA256(), padding.PSS(padding.MGF1(SHA256()), 32))
+
+
+def flipped_chains(chain: Chain, step: int) -> Iterator[Chain]:
+    """The chain with one bit of one certificate turned over: of every ``step``-th byte of each."""
+    for index, certificate in enumerate(chain):
+        for at in range(0, len(certificate), step):
+            altered = list(chain)
+            altered[index] = flipped(certificate, at)
+            yield Chain(*altered)

@@ -6,7 +6,6 @@ The models are random, the texts random letters: an attack that finds them found
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,25 +18,26 @@ import helpers
 from commands import Ran, runner, write_config
 from cutting import cut_config, deep_model
 from helpers import make_config
+from recording import Record, attacked, recorder, write_letters
 from veiltune.attacks import ATTACKS, Auxiliary, EmbeddingTable, View, load_view, make_attack
 from veiltune.attacks.passes import Agreement, begins_pass, joined, lengths_of, smashed_states
 from veiltune.attacks.procrustes import recover_key
+from veiltune.config import Config
 from veiltune.designs import DESIGNS
 from veiltune.errors import DataError, ExactnessError, ProtocolError, UserError
-from veiltune.evaluation import RESULT, result_of
-from veiltune.evaluation.attacking import Attacked, attack_run, rights_of, run_config, transcripts_of
+from veiltune.evaluation import RESULT
+from veiltune.evaluation.attacking import Attacked, rights_of, run_config, transcripts_of
 from veiltune.evaluation.auxiliary import public_corpus
 from veiltune.evaluation.truth import scorer_reads, true_passes
 from veiltune.evaluation.unprotected import unprotected
 from veiltune.models.bottom import Bottom
 from veiltune.models.sources import resolve_model
-from veiltune.results import read_result, write_result
+from veiltune.results import read_result
 from veiltune.transport.codec import encode
 from veiltune.transport.messages import MESSAGES, TrainBatch
 from veiltune.transport.transcript import Transcript
 
 MASKING = ("obfuscatune", "veil")
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ 0123456789.,;"
 WIDTH = 32
 INT8 = {"wire": {"activation_bits": 8, "gradient_bits": 8}, "decorrelation": {"alpha": 1.0}}
 INT4 = {"wire": {"activation_bits": 4, "gradient_bits": 4}, "decorrelation": {"alpha": 1.0}}
@@ -56,49 +56,20 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def write_letters(path: Path, count: int, seed: int) -> Path:
-    """Texts in which nothing follows from anything else."""
-    draw = random.Random(seed)
-    rows = ({"text": "".join(draw.choices(LETTERS, k=draw.randint(20, 28)))} for _ in range(count))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-Record = Callable[[str], Path]
-
-
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """Runs of `RUNS` by name, each made once; beside them ``public.jsonl``."""
-    directory = tmp_path_factory.mktemp("attacked")
-    victim = write_letters(directory / "victim.jsonl", 16, seed=1)
-    write_letters(directory / "public.jsonl", 150, seed=2)
-    done: dict[str, Path] = {}
+    """Runs of `RUNS` by name."""
 
-    def record(name: str) -> Path:
-        if name not in done:
-            design, options = RUNS[name]
-            done[name] = output = directory / name
-            family = "gpt2" if name.endswith("gpt2") else "llama"
-            tables: dict[str, Any] = {"data": {"train": str(victim)}, "train": {"steps": 4}, **options}
-            tables["session"] = {"record": ["host" if design in MASKING else "provider"]}
-            if design in MASKING:
-                config = make_config(design, family, output, **tables)
-            else:
-                config = cut_config(design, output, deep_model(family), **tables)
-            outcome = helpers.run(config, "tune")
-            write_result(output / RESULT, result_of(config, outcome))
-        return done[name]
+    def configure(name: str, output: Path, victim: str) -> Config:
+        design, options = RUNS[name]
+        family = "gpt2" if name.endswith("gpt2") else "llama"
+        tables: dict[str, Any] = {"data": {"train": victim}, "train": {"steps": 4}, **options}
+        tables["session"] = {"record": ["host" if design in MASKING else "provider"]}
+        if design in MASKING:
+            return make_config(design, family, output, **tables)
+        return cut_config(design, output, deep_model(family), **tables)
 
-    return record
-
-
-def attacked(run: Path, name: str, *, at: Any = "first", limit: int = 4, **settings: Any) -> dict[str, Any]:
-    """Findings by metric."""
-    found = attack_run(
-        run, make_attack(name, settings), moment=at, limit=limit, corpus=str(run.parent / "public.jsonl")
-    )
-    return {each.metric: each for each in found.findings}
+    return recorder(tmp_path_factory.mktemp("attacked"), configure, texts=16, public=150)
 
 
 def load(run: Path, observer: str, reads: frozenset[str] | None = None) -> View:

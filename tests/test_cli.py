@@ -19,7 +19,7 @@ import helpers
 from commands import PROMPT, Ran, outside, runner, write_config
 from veiltune.cli import main
 from veiltune.config import load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import DESIGNS, option_tables
 from veiltune.display import Display
 from veiltune.parties import Job
 from veiltune.results import read_result
@@ -33,7 +33,7 @@ def veiltune(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
 
 def as_configured(path: Path) -> Any:
-    return load_config(path, options=helpers.OPTIONS)
+    return load_config(path, options=option_tables())
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from veiltune.config import Config, load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import DESIGNS, option_tables
 from veiltune.errors import ConfigError
 from veiltune.privacy.orthogonal import KEY_KINDS
 
-OPTIONS = {name: design.options for name, design in DESIGNS.items()}
 BASE: dict[str, Any] = {"design": "obfuscatune", "model": "random:gpt2", "output": "runs/x"}
 
 
 def load(*overrides: str, **values: Any) -> Config:
-    return load_config({**BASE, **values}, overrides=overrides, options=OPTIONS)
+    return load_config({**BASE, **values}, overrides=overrides, options=option_tables())
 
 
 def refused(*overrides: str, **values: Any) -> ConfigError:
@@ -54,7 +53,7 @@ placement = "paper"
 def test_a_file_gives_what_it_says_and_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(TOML, encoding="utf-8")
-    config = load_config(path, options=OPTIONS)
+    config = load_config(path, options=option_tables())
     assert (config.design, config.model, config.output, config.seed) == (
         "obfuscatune",
         "random:llama",
@@ -81,14 +80,14 @@ def test_an_unreadable_file_is_named(content: bytes | None, message: str, hint: 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=message) as caught:
-        load_config(path, options=OPTIONS)
+        load_config(path, options=option_tables())
     assert str(path) in caught.value.message
     assert hint in str(caught.value.hint)
 
 
 def test_a_mapping_is_read_and_left_as_it_was() -> None:
     values = {**BASE, "train": {"steps": 5}, "obfuscatune": {"placement": "paper"}}
-    config = load_config(values, overrides=["train.steps=6", "design=local"], options=OPTIONS)
+    config = load_config(values, overrides=["train.steps=6", "design=local"], options=option_tables())
     assert (config.train.steps, config.design) == (6, "local")
     assert values == {**BASE, "train": {"steps": 5}, "obfuscatune": {"placement": "paper"}}
 
@@ -120,14 +119,14 @@ def test_an_unknown_key_is_named_with_its_table_and_the_nearest(
 
 def test_a_misspelt_key_is_named_before_what_it_leaves_out() -> None:
     with pytest.raises(ConfigError, match="unknown key 'desing'") as caught:
-        load_config({"desing": "local", "model": "m", "output": "o"}, options=OPTIONS)
+        load_config({"desing": "local", "model": "m", "output": "o"}, options=option_tables())
     assert "'design'" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("key", BASE)
 def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(ConfigError, match=f"lacks '{key}'") as caught:
-        load_config({name: value for name, value in BASE.items() if name != key}, options=OPTIONS)
+        load_config({name: value for name, value in BASE.items() if name != key}, options=option_tables())
     assert f"add {key} = " in str(caught.value.hint)
 
 
@@ -258,7 +257,7 @@ def test_gathered_tables_are_read_and_a_table_by_name_wins() -> None:
 
 def test_the_configuration_read_back_from_itself_is_the_same() -> None:
     config = load(train={"steps": 3}, obfuscatune={"matrix": "conditioned", "condition_number": 8})
-    again = load_config(config.model_dump(mode="json"), options=OPTIONS)
+    again = load_config(config.model_dump(mode="json"), options=option_tables())
     assert again == config == Config.model_validate_json(config.to_json())
     assert again.fingerprint() == config.fingerprint()
 
@@ -359,7 +358,7 @@ def fields(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def test_every_field_is_in_one_of_these_tables() -> None:
     """So that a field added later is thought of here."""
-    every = {*fields(Config), *fields(OPTIONS["obfuscatune"], "obfuscatune.")} - {"design_options"}
+    every = {*fields(Config), *fields(option_tables()["obfuscatune"], "obfuscatune.")} - {"design_options"}
     assert every - {"obfuscatune.condition_number"} == {*OTHER, *OWN}  # that one needs another matrix too: see below
 
 

@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from helpers import model_directory, scratch
+from helpers import flipped, model_directory, scratch
 from veiltune.errors import CheckpointError, ConfigError, DataError, ModelError, VeiltuneError
 from veiltune.secrets import MasterSecret
 from veiltune.tee import sealing
@@ -233,10 +233,6 @@ def place(container: Container, name: str) -> int:
     """Where an entry of an open container begins in its file."""
     [entry] = [entry for _, entry in container._index.entries() if entry.name == name]
     return HEAD_BYTES + container._binding.prologue.index_bytes + entry.offset
-
-
-def flipped(raw: bytes, at: int) -> bytes:
-    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
 
 
 @pytest.fixture(scope="module")

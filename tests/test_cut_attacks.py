@@ -6,7 +6,6 @@ Tiny random models and texts of random letters, in which nothing follows from an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import helpers
 from cutting import cut_config, deep_model, plain
-from test_attacks import attacked, write_letters
+from recording import Record, attacked, recorder
 from veiltune.attacks import Auxiliary, make_attack
 from veiltune.attacks.activation import by_linear_map, matched
 from veiltune.attacks.adapting import Channel, fit_correction
@@ -28,14 +27,13 @@ from veiltune.attacks.passes import Agreement
 from veiltune.attacks.scores import score_labels
 from veiltune.attacks.shadow import Shadows, Tuning
 from veiltune.attacks.shortlist import Shortlist
+from veiltune.config import Config
 from veiltune.errors import UserError
-from veiltune.evaluation import RESULT, result_of
 from veiltune.models.bottom import Bottom
 from veiltune.models.families import find_family
 from veiltune.models.skeleton import blocks_of
 from veiltune.models.top import Top
 from veiltune.privacy.quantisation import WireOptions
-from veiltune.results import write_result
 
 INT8 = {"wire": {"activation_bits": 8, "gradient_bits": 8}, "decorrelation": {"alpha": 1.0}}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,28 +44,19 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradfree": ("gradfree", {"gradfree": {"wire": {"activation_bits": 8}}}),
 }
 PLAIN = Agreement(1, WireOptions(), 1)
-Record = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """Runs of `RUNS` by name, each made once; beside them ``public.jsonl``."""
-    directory = tmp_path_factory.mktemp("cut")
-    victim = write_letters(directory / "victim.jsonl", 12, seed=1)
-    write_letters(directory / "public.jsonl", 150, seed=2)
-    done: dict[str, Path] = {}
+    """Runs of `RUNS` by name."""
 
-    def record(name: str) -> Path:
-        if name not in done:
-            design, options = RUNS[name]
-            done[name] = output = directory / name
-            model = deep_model("gpt2" if name.endswith("gpt2") else "llama")
-            tables = {"data": {"train": str(victim)}, "train": {"steps": 3}, "session": {"record": ["provider"]}}
-            config = cut_config(design, output, model, **tables, **options)
-            write_result(output / RESULT, result_of(config, helpers.run(config, "tune")))
-        return done[name]
+    def configure(name: str, output: Path, victim: str) -> Config:
+        design, options = RUNS[name]
+        model = deep_model("gpt2" if name.endswith("gpt2") else "llama")
+        tables = {"data": {"train": victim}, "train": {"steps": 3}, "session": {"record": ["provider"]}}
+        return cut_config(design, output, model, **tables, **options)
 
-    return record
+    return recorder(tmp_path_factory.mktemp("cut"), configure, texts=12, public=150)
 
 
 @pytest.fixture(scope="module")

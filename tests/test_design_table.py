@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from veiltune.config import Config, Section, load_config
-from veiltune.designs import DESIGNS, Design
+from veiltune.designs import DESIGNS, Design, option_tables
 from veiltune.designs.base import (
     ENGINE_REVEALS,
     OWNER_REVEALS,
@@ -275,9 +275,8 @@ ECHO = Design(
 def started(design: Design, output: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> dict[str, list[Message]]:
     """Everything each party told the supervisor, to its end."""
     monkeypatch.setitem(DESIGNS, design.name, design)
-    options = {name: each.options for name, each in DESIGNS.items()}
     raw = {"design": design.name, "model": "none", "output": str(output), **values}
-    config: Config = load_config(raw, options=options)
+    config: Config = load_config(raw, options=option_tables())
     told: dict[str, list[Message]] = {}
     parties = start_threads(config, Job(verb="provision"))
     for running in parties:

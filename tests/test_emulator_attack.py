@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ import torch
 
 import helpers
 from cutting import cut_config, deep_model
-from test_attacks import attacked, write_letters
+from recording import Record, attacked, recorder
 from veiltune.attacks import make_attack
 from veiltune.attacks.base import predictions
 from veiltune.attacks.scores import score_predictions
+from veiltune.config import Config
 from veiltune.errors import DataError, UserError
-from veiltune.evaluation import RESULT, result_of
 from veiltune.evaluation.attacking import attack_run
-from veiltune.results import write_result
 
 EMULATORS: dict[str, dict[str, Any]] = {
     "whole": {"layers": 3, "compression": "none"},
@@ -28,31 +26,22 @@ EMULATORS: dict[str, dict[str, Any]] = {
     "int4": {"kind": "quantised", "bits": 4},
     "lowrank": {"kind": "lowrank", "rank": 0.25},
 }
-Record = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """Runs of `offsite` by emulator, whose owner was recorded; beside them ``public.jsonl``."""
-    directory = tmp_path_factory.mktemp("emulators")
-    victim = write_letters(directory / "victim.jsonl", 8, seed=1)
-    write_letters(directory / "public.jsonl", 60, seed=2)
-    done: dict[str, Path] = {}
+    """Runs of `offsite` by emulator, whose owner was recorded."""
 
-    def record(name: str) -> Path:
-        if name not in done:
-            done[name] = output = directory / name
-            tables: dict[str, Any] = {
-                "data": {"train": str(victim)},
-                "train": {"steps": 1},
-                "session": {"record": ["owner"]},
-                "offsite": {"emulator": EMULATORS[name]},
-            }
-            config = cut_config("offsite", output, deep_model("llama"), **tables)
-            write_result(output / RESULT, result_of(config, helpers.run(config, "tune")))
-        return done[name]
+    def configure(name: str, output: Path, victim: str) -> Config:
+        tables: dict[str, Any] = {
+            "data": {"train": victim},
+            "train": {"steps": 1},
+            "session": {"record": ["owner"]},
+            "offsite": {"emulator": EMULATORS[name]},
+        }
+        return cut_config("offsite", output, deep_model("llama"), **tables)
 
-    return record
+    return recorder(tmp_path_factory.mktemp("emulators"), configure, texts=8, public=60)
 
 
 def agreement(run: Path, **settings: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import helpers
 from helpers import make_config
-from test_attacks import attacked, write_letters
+from recording import attacked, write_letters
 from veiltune.attacks.gradients import Step, attention_inputs, basis_of, plain_step, residuals
 from veiltune.attacks.lamp import Lamp, _Target, _Texts
 from veiltune.attacks.span import SpanSearch

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import helpers
-from veiltune.attacks import make_attack
+from recording import attacked, recorder
 from veiltune.attacks.codebook import _decipher, _Script, _symbols
 from veiltune.attacks.folded import BlockRows, Shape, fold_openly
 from veiltune.attacks.inside import undo_inside
@@ -22,16 +22,14 @@ from veiltune.attacks.scores import mean, score_sources, score_units
 from veiltune.attacks.separation import IndependentComponents
 from veiltune.attacks.stream import align_stream
 from veiltune.attacks.veiled import cut_states
+from veiltune.config import Config
 from veiltune.errors import UserError
-from veiltune.evaluation import RESULT, result_of
-from veiltune.evaluation.attacking import attack_run
 from veiltune.evaluation.auxiliary import ancestor_of
 from veiltune.models.cut import Cut
 from veiltune.models.families import find_family
 from veiltune.models.rotated import Folding
 from veiltune.models.sources import resolve_model
 from veiltune.privacy.orthogonal import make_key
-from veiltune.results import write_result
 from veiltune.secrets import MasterSecret
 
 FAMILIES = ("llama", "gpt2", "opt", "qwen2", "qwen3")
@@ -183,30 +181,14 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs of `RUNS` by name, each made once."""
-    from test_attacks import write_letters
+    """Runs of `RUNS` by name."""
 
-    directory = tmp_path_factory.mktemp("hosted")
-    victim = write_letters(directory / "victim.jsonl", 16, seed=1)
-    write_letters(directory / "public.jsonl", 60, seed=2)
-    done: dict[str, Path] = {}
+    def configure(name: str, output: Path, victim: str) -> Config:
+        design, family, options = RUNS[name]
+        tables: dict[str, Any] = {"data": {"train": victim}, "train": {"steps": 4}, **options}
+        return helpers.make_config(design, family, output, session={"record": ["host"]}, **tables)
 
-    def record(name: str) -> Path:
-        if name not in done:
-            design, family, options = RUNS[name]
-            done[name] = output = directory / name
-            tables: dict[str, Any] = {"data": {"train": str(victim)}, "train": {"steps": 4}, **options}
-            config = helpers.make_config(design, family, output, session={"record": ["host"]}, **tables)
-            write_result(output / RESULT, result_of(config, helpers.run(config, "tune")))
-        return done[name]
-
-    return record
-
-
-def attacked(run: Path, name: str, **settings: Any) -> dict[str, Any]:
-    """Findings by metric."""
-    found = attack_run(run, make_attack(name, settings), limit=4, corpus=str(run.parent / "public.jsonl"))
-    return {each.metric: each for each in found.findings}
+    return recorder(tmp_path_factory.mktemp("hosted"), configure, texts=16, public=60)
 
 
 @pytest.mark.parametrize("name", ["veil-0", "veil-1", "veil-1-gpt2"])

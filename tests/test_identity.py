@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from commands import runner
 from veiltune.config import load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import option_tables
 from veiltune.errors import ConfigError, ProtocolError
 from veiltune.peers import PIN_PREFIX, PeerConfig, require_peers, roles_of
 from veiltune.transport.identity import (
@@ -340,8 +340,7 @@ def test_a_key_is_written_in_one_way_alone(key: str) -> None:
 
 
 def configuration(**values: Any) -> Any:
-    options = {name: design.options for name, design in DESIGNS.items()}
-    return load_config({"design": "split", "model": "random:llama", "output": "out", **values}, options=options)
+    return load_config({"design": "split", "model": "random:llama", "output": "out", **values}, options=option_tables())
 
 
 def test_the_configuration_names_what_is_wrong_with_a_peer() -> None:

@@ -262,9 +262,9 @@ def test_the_error_grows_with_the_condition_number_within_its_bound(dtype: torch
 
 def test_bounds_of_a_whole_pass_scale_as_they_say() -> None:
     product = product_bound(576, 1.0, 2.0**-23)
-    assert error_bound("logits", product, products=4) == pytest.approx(2 * product)
-    assert error_bound("loss", product, products=4, largest_logit=20.0, loss=2.0) == pytest.approx(40 * product)
-    assert error_bound("gradients", product, products=1) == pytest.approx((3 + math.sqrt(2)) * product)
+    assert error_bound("logits", product, products=4) == pytest.approx(4 * product)
+    assert error_bound("loss", product, products=4, largest_logit=20.0, loss=2.0) == pytest.approx(80 * product)
+    assert error_bound("gradients", product, products=1) == pytest.approx(2 * (3 + math.sqrt(2)) * product)
     with pytest.raises(ConfigError, match="'logit'") as caught:
         error_bound("logit", product, products=4)
     assert "did you mean 'logits'" in str(caught.value.hint)

@@ -184,19 +184,19 @@ def test_a_key_of_another_checkpoint_is_refused_by_fingerprint(tmp_path: Path) -
         run(config, "provision")
 
 
-@pytest.mark.parametrize("design_options", [{}, {"protected": True}])
-def test_a_run_is_not_resumed_on_other_weights(design_options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("design", "from_disk"), [("veil", False), ("veil", True), ("obfuscatune", False)])
+def test_a_run_is_not_resumed_on_other_weights(design: str, tmp_path: Path, *, from_disk: bool) -> None:
     """Sealed state is bound to the weights' fingerprint, whatever the path to them."""
     from helpers import write_examples
 
     source = tmp_path / "source"
     shutil.copytree(model_directory("gpt2"), source)
-    options = {}
-    if design_options:
+    options: dict[str, Any] = {}
+    if from_disk:
         protected(tmp_path, str(source))
-        options = veil_of(tmp_path)
+        options = {"veil": veil_of(tmp_path)}
     data = {"train": str(write_examples(tmp_path / "train.jsonl", 8))}
-    config = make_config("veil", str(source), tmp_path / "run", data=data, train={"steps": 1}, veil=options)
+    config = make_config(design, str(source), tmp_path / "run", data=data, train={"steps": 1}, **options)
     run(config, "tune")
     probe = Job(verb="probe", probe={"input_ids": [[1, 2, 3]], "steps": 1})
     run(config, probe, resume=True)

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import flipped
 from veiltune.errors import CheckpointError, ProtocolError, UserError
 from veiltune.secrets import MasterSecret
 from veiltune.tee import sealing
@@ -48,10 +49,6 @@ def test_the_same_state_sealed_twice_shares_nothing_but_the_header() -> None:
     assert again[12:44] != SEALED[12:44]
     assert again[44:76] != SEALED[44:76]
     assert DATA[:16] not in SEALED
-
-
-def flipped(sealed: bytes, at: int) -> bytes:
-    return sealed[:at] + bytes([sealed[at] ^ 1]) + sealed[at + 1 :]
 
 
 FIRST, SECOND, LAST = SEALED[HEADER : HEADER + BOX], SEALED[HEADER + BOX : HEADER + 2 * BOX], SEALED[HEADER + 2 * BOX :]

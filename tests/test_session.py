@@ -453,13 +453,12 @@ SUPERVISOR = """
 import json, sys
 from pathlib import Path
 from veiltune.config import load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import option_tables
 from veiltune.parties.party import Job
 from veiltune.session import run_session
 
 def main():
-    options = {name: design.options for name, design in DESIGNS.items()}
-    config = load_config(json.loads(Path(sys.argv[1]).read_text()), options=options)
+    config = load_config(json.loads(Path(sys.argv[1]).read_text()), options=option_tables())
     def show(name, fields):
         print(json.dumps([name, fields], default=str), flush=True)
     outcome = run_session(config, Job(verb="tune"), on_event=show, resume=sys.argv[2] == "resume")

@@ -19,7 +19,7 @@ from rich.console import Console
 import helpers
 from commands import Ran, outside, runner
 from cutting import deep_model
-from test_attacks import write_letters
+from recording import write_letters
 from veiltune.arguments import VERBS, build_parser
 from veiltune.comparing import StudyDisplay
 from veiltune.errors import ConfigError, UserError

@@ -96,15 +96,14 @@ def _say_error(error: VeiltuneError) -> None:
 
 def _configuration(options: argparse.Namespace) -> Config:
     from veiltune.config import load_config
-    from veiltune.designs import DESIGNS
+    from veiltune.designs import option_tables
 
-    tables = {name: design.options for name, design in DESIGNS.items()}
     path = Path(options.config)
     path = path / "config.json" if path.is_dir() else path
     if path.suffix != ".json":
-        return load_config(path, overrides=options.set, options=tables)
+        return load_config(path, overrides=options.set, options=option_tables())
     try:
-        return load_config(json.loads(path.read_text(encoding="utf-8")), overrides=options.set, options=tables)
+        return load_config(json.loads(path.read_text(encoding="utf-8")), overrides=options.set, options=option_tables())
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"cannot read {str(path)!r}: {error}", hint=f"give {CONFIG_HELP}") from None
 

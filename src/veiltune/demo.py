@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 
 from veiltune.config import Config, load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import option_tables
 from veiltune.display import Display, console, verification_table
 from veiltune.errors import ConfigError
 from veiltune.evaluation import RESULT, Verification, result_of, verify
@@ -138,7 +138,7 @@ def _configure(design: str, output: Path, size: Size) -> Config:
         "enclave": {"allow_simulated": True},
         "obfuscatune": {"optimizer_at": "enclave"},
     }
-    return load_config(raw, options={name: each.options for name, each in DESIGNS.items()})
+    return load_config(raw, options=option_tables())
 
 
 def _tune(screen: Console, config: Config, verification: Verification | None) -> RunResult | None:

@@ -143,6 +143,10 @@ def _held_out(x: Tensor, z: Tensor, held: Tensor, ridge: float) -> Tensor:
 def _ridge(x: Tensor, z: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     centre, offset = x.mean(0), (z - x).mean(0)
     rows, wanted = (x - centre).double(), (z - x - offset).double()
-    gram = rows.T @ rows
-    gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-30)
-    return centre, torch.linalg.solve(gram, rows.T @ wanted).float(), offset
+    return centre, torch.linalg.solve(ridged(rows.T @ rows, ridge), rows.T @ wanted).float(), offset
+
+
+def ridged(gram: Float[Tensor, "k k"], share: float) -> Float[Tensor, "k k"]:
+    """A Gram matrix with that share of its mean diagonal added to the diagonal, in place: ridge regression's left side."""
+    gram.diagonal().add_(share * float(gram.diagonal().mean()) + 1e-30)
+    return gram

@@ -51,9 +51,8 @@ class Bisr(LearnedInverter):
         sequences = joined(smashed_states(view))
         channel = Channel(Bottom(model, agreed.bottom_layers), agreed)
         tokens = [guess.tokens.gather(1, guess.logits.argmax(1, keepdim=True))[:, 0].tolist() for guess in guesses]
-        for _ in range(
-            self.rounds
-        ):  # the inverter's own guess is the first: it knows the tuning that it was trained through
+        # The inverter's own guess is the first: it knows the tuning that it was trained through.
+        for _ in range(self.rounds):
             channel.adapt(sequences, tokens)
             tokens = matched(channel, sequences, guesses, self.steps)
         return Reconstruction(tokens=tokens, labels=labels)

@@ -291,9 +291,8 @@ def _optimised(
 
     single = nn.functional.one_hot(torch.randint(1, len(head) + 1, predicting.shape, generator=rng), len(head) + 1)
     least = seen.gradients.norm() / made_by(single.to(head.dtype)).detach().norm().clamp_min(1e-30) / unit
-    scale = (
-        least.log().requires_grad_()
-    )  # as if every position bore a label: from above, mixtures would explain G as well
+    # It starts as if every position bore a label: from above, mixtures would explain G as well.
+    scale = least.log().requires_grad_()
     rates = [{"params": [dummy], "lr": DUMMY_RATE}, {"params": [scale], "lr": DUMMY_RATE / SLOWER}]
     optimizer = torch.optim.Adam(rates)
     for _ in range(iterations):
@@ -304,9 +303,8 @@ def _optimised(
         loss.backward(inputs=[dummy, scale])
         optimizer.step()
     tokens = dummy.detach()[..., 1:].argmax(-1)
-    strength = (
-        1 - dummy.detach().softmax(-1)[..., 0]
-    ) * predicting  # "none" and s trade with one another: only ratios tell
+    # "None" and s trade with one another: only ratios tell.
+    strength = (1 - dummy.detach().softmax(-1)[..., 0]) * predicting
     rows, columns = torch.nonzero(strength > LABELLED * strength.amax(), as_tuple=True)
     labels = torch.full(predicting.shape, IGNORED)
     labels[rows, columns + 1] = tokens[rows, columns]

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veiltune.attacks.passes import masked_weights
 from veiltune.attacks.view import View
 from veiltune.errors import DataError
 from veiltune.models.cut import Cut
@@ -74,7 +75,7 @@ def shards(view: View) -> dict[str, Tensor]:
     Raises:
         DataError: none was: it had them before.
     """
-    found = {name: value for shard in view.messages("TrunkShard") for name, value in shard["tensors"].items()}
+    found = masked_weights(view)
     if not found:
         raise DataError("the transcript holds no weights of the trunk", hint="record a run without veil.protected")
     return found

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veiltune.attacks.passes import FIRST_SEGMENT, lengths_of, masks_of_segments
-from veiltune.attacks.procrustes import recover_key, side_by_side
+from veiltune.attacks.passes import FIRST_SEGMENT, lengths_of, masked_weights, masks_of_segments
+from veiltune.attacks.procrustes import recovered_keys
 from veiltune.attacks.view import Seen, View
 from veiltune.errors import DataError
 from veiltune.models.family import Family, Linear
@@ -106,18 +106,13 @@ def _asked(view: View, seen: Seen) -> list[int]:
     return view.rows(seen.number, len(seen["hidden"])) if view.targets is None or seen.number in view.targets else []
 
 
-def recovered_keys(
+def input_keys(
     view: View, ancestor: Mapping[str, Tensor], family: Family, linears: Collection[Linear]
 ) -> dict[str, Float[Tensor, "d d"]]:
     """The input-side keys of these linears, estimated from masked weights and an ancestor, by label."""
-    masked = {name: value for shard in view.messages("TrunkShard") for name, value in shard["tensors"].items()}
-    groups: dict[str, list[Linear]] = {}
-    for linear in linears:
-        if linear.side == "input" and f"{linear.path}.weight" in masked:
-            groups.setdefault(linear.key, []).append(linear)
+    readers = [linear for linear in linears if linear.side == "input"]
     return {
-        label: recover_key(side_by_side(ancestor, members, family), side_by_side(masked, members, family)).float()
-        for label, members in groups.items()
+        label: key.float() for label, key in recovered_keys(masked_weights(view), ancestor, family, readers).items()
     }
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from veiltune.attacks.adapting import ridged
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads, setting
 from veiltune.attacks.passes import Agreement, agreement_of, joined, smashed_states
 from veiltune.attacks.shadow import Shadows, Tuning
@@ -119,8 +120,7 @@ def _fit_ridge(teacher: _Teacher, tokens: Int[Tensor, " v"]) -> Float[Tensor, "f
         gram = gram + rows.T @ rows
         sums = torch.zeros((len(tokens), rows.shape[1]), dtype=torch.float64) if sums.dim() == 0 else sums
         sums.index_add_(0, places[known], rows)
-    gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
-    return torch.linalg.solve(gram, sums.T)
+    return torch.linalg.solve(ridged(gram, RIDGE), sums.T)
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,7 @@ class _Decoder(nn.Module):
         self.get_buffer("spread").copy_(rows.std(0).clamp_min(1e-6))
         wanted = self.get_buffer("table")[torch.cat([lesson.ids[lesson.present] for lesson in lessons])]
         inputs = self._standardised(rows)
-        gram = (inputs.T @ inputs).double()
-        gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
+        gram = ridged((inputs.T @ inputs).double(), RIDGE)
         self.linear.weight.copy_(torch.linalg.solve(gram, (inputs.T @ (wanted - wanted.mean(0))).double()).T)
         self.linear.bias.copy_(wanted.mean(0))
 

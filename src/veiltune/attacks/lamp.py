@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, setting
-from veiltune.attacks.gradients import FULL_BLOCKS, GRADIENTS, KeyFrom, Step, plain_step, recovered_keys, steps_of
+from veiltune.attacks.gradients import FULL_BLOCKS, GRADIENTS, KeyFrom, Step, input_keys, plain_step, steps_of
 from veiltune.attacks.span import SpanSearch
 from veiltune.attacks.view import View
 from veiltune.errors import UserError
@@ -77,7 +77,7 @@ class Lamp(Attack):
         readers = [each for each in find_family(model.config).linears(_blocks(model)) if each.side == "input"]
         keys: dict[str, Tensor] = {}
         if self.key == "ancestor":
-            keys = recovered_keys(view, auxiliary.take("public_ancestor"), search.family, readers)
+            keys = input_keys(view, auxiliary.take("public_ancestor"), search.family, readers)
         found: list[list[int]] = []
         was = {name: value.requires_grad for name, value in model.named_parameters()}
         model.requires_grad_(requires_grad=False)

@@ -214,6 +214,11 @@ def masks_of_segments(view: View) -> dict[int, Any]:
     return masks
 
 
+def masked_weights(view: View) -> dict[str, Tensor]:
+    """Every tensor of the trunk that the host was sent, by name."""
+    return {name: value for shard in view.messages("TrunkShard") for name, value in shard["tensors"].items()}
+
+
 def lengths_of(mask: Any, rows: int, length: int) -> list[int]:
     """Tokens of each row, by a padding mask (batch, seq) or an attention mask (batch, 1, query, key), bool or additive."""
     if mask is None:

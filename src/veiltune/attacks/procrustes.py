@@ -14,23 +14,38 @@ scored as the host would run them without secrets: norms and centring folded in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from veiltune.attacks.base import Attack, Auxiliary, EmbeddingTable, Knowledge, Reconstruction
 from veiltune.attacks.nearest import nearest_tokens
-from veiltune.attacks.passes import FIRST_STATES, joined, masked_first_states
+from veiltune.attacks.passes import FIRST_STATES, joined, masked_first_states, masked_weights
 from veiltune.attacks.veiled import TRUNK, read_first_states, steal_trunk
 from veiltune.attacks.view import View
 from veiltune.models.ancestry import facing_key, side_by_side
 from veiltune.models.families import find_family
-from veiltune.models.family import Linear
+from veiltune.models.family import Family, Linear
 from veiltune.models.skeleton import config_from_json
 from veiltune.privacy.alignment import recover_key
+
+
+def recovered_keys(
+    masked: Mapping[str, Tensor], ancestor: Mapping[str, Tensor], family: Family, linears: Iterable[Linear]
+) -> dict[str, Float[Tensor, "d d"]]:
+    """The keys of those linears that the host holds, by label, in float64: linears that share one side by side."""
+    groups: dict[str, list[Linear]] = {}
+    for linear in linears:
+        if f"{linear.path}.weight" in masked:
+            groups.setdefault(linear.key, []).append(linear)
+    return {
+        label: recover_key(side_by_side(ancestor, members, family), side_by_side(masked, members, family))
+        for label, members in groups.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -61,19 +76,14 @@ class Procrustes(Attack):
         (plan,) = view.messages("TrunkPlan")[:1]
         config = config_from_json(plan["config"])
         family = find_family(config)
-        masked = {n: v for shard in view.messages("TrunkShard") for n, v in shard["tensors"].items()}
-        groups: dict[str, list[Linear]] = {}
-        for linear in family.linears(config.num_hidden_layers):
-            if f"{linear.path}.weight" in masked:
-                groups.setdefault(linear.key, []).append(linear)
-        ancestor = auxiliary.take("public_ancestor")
+        linears = list(family.linears(config.num_hidden_layers))
+        masked = masked_weights(view)
+        keys = recovered_keys(masked, auxiliary.take("public_ancestor"), family, linears)
         weights: dict[str, Tensor] = {}
-        keys: dict[str, Tensor] = {}
-        for label, linears in groups.items():
-            keys[label] = recover_key(side_by_side(ancestor, linears, family), side_by_side(masked, linears, family))
-            for linear in linears:
-                name = f"{linear.path}.weight"
-                true = keys[label] @ facing_key(masked[name], linear, family).double()
+        for linear in linears:
+            name = f"{linear.path}.weight"
+            if name in masked:
+                true = keys[linear.key] @ facing_key(masked[name], linear, family).double()
                 weights[name] = facing_key(true, linear, family).float().contiguous()
         return Reconstruction(tokens=self._tokens(view, auxiliary, keys), weights=weights)
 

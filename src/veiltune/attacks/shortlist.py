@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from veiltune.attacks.adapting import Channel
+from veiltune.attacks.adapting import Channel, ridged
 from veiltune.attacks.base import EmbeddingTable
 
 TOKENS_PER_CHANNEL = 6
@@ -47,8 +47,7 @@ class Shortlist:
         wanted = self._table.states(ids[:, 1:].flatten(), positions, "raw")
         self._centre, self._target = states.mean(0), wanted.mean(0)
         x, y = (states - self._centre).double(), (wanted - self._target).double()
-        gram = x.T @ x
-        gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
+        gram = ridged(x.T @ x, RIDGE)
         if channel.correction is not None:
             gram += len(x) * channel.correction.covariance.double()
         self._weights = torch.linalg.solve(gram, x.T @ y).float()

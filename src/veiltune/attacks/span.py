@@ -33,9 +33,9 @@ from veiltune.attacks.gradients import (
     Step,
     attention_inputs,
     basis_of,
+    input_keys,
     input_rows,
     plain_step,
-    recovered_keys,
     residuals,
     steps_of,
 )
@@ -87,7 +87,7 @@ class Dager(Attack):
         search = SpanSearch(auxiliary.take("base_weights"), self.tolerance, self.candidates)
         keys: Mapping[str, Tensor] = {}
         if self.key == "ancestor":
-            keys = recovered_keys(view, auxiliary.take("public_ancestor"), search.family, search.readers)
+            keys = input_keys(view, auxiliary.take("public_ancestor"), search.family, search.readers)
         tokens: list[list[int]] = []
         for step in steps_of(view):
             found = search.sequences(plain_step(step, keys, search.readers))

@@ -30,7 +30,7 @@ from veiltune.attacks.scores import (
     score_units,
 )
 from veiltune.config import Config, load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import DESIGNS, option_tables
 from veiltune.errors import ConfigError, UserError
 from veiltune.evaluation.auxiliary import ancestor_of, public_corpus
 from veiltune.evaluation.hosted import ancestor_model, enclave_layers, first_states, texts_of, trunk_weights
@@ -151,7 +151,7 @@ def run_config(run: Path) -> Config:
     except (OSError, ValueError):
         raise UserError(f"{str(run)!r} is no run of Veiltune", hint="give a run's output directory") from None
     try:
-        return load_config(values, options={name: design.options for name, design in DESIGNS.items()})
+        return load_config(values, options=option_tables())
     except (ConfigError, AttributeError, TypeError) as error:
         raise UserError(f"{str(path)!r} cannot be used: {error}", hint="run again with this version") from None
 

@@ -13,15 +13,18 @@ from veiltune.attacks import EmbeddingTable
 from veiltune.attacks.folded import fold_openly
 from veiltune.attacks.veiled import cut_states
 from veiltune.config import Config
+from veiltune.designs import DESIGNS
 from veiltune.evaluation.truth import TruePass
 from veiltune.models.cut import Cut
 from veiltune.models.families import find_family
+from veiltune.session.party_main import design_options
 
 
 def enclave_layers(config: Config) -> int:
     """Blocks of the model that run in the enclave before the states that the host is sent."""
     if config.design == "veil":
-        return int(config.design_options.get("veil", {}).get("enclave_layers", 1))
+        options: Any = design_options(DESIGNS["veil"], config.design_options)
+        return int(options.enclave_layers)
     return 0
 
 

@@ -125,15 +125,16 @@ def labels_of(config: Config) -> Labels:
 
 def count_shares(config: Config, length: int) -> Shares | None:
     """The enclave's shares for the run's batch and this length; ``None`` for a design that is not accounted for."""
-    if config.design not in (*ACCOUNTED, "veil"):
-        return None
     options: Any = design_options(DESIGNS[config.design], config.design_options)
+    batch = config.train.batch_size
+    if config.design in ACCOUNTED:
+        placement: Placement = getattr(options, "placement", "compact")
+        return shares(resolve_config(config.model), placement, batch, length, design=config.design)
     if config.design == "veil":
-        model_config = resolve_config(config.model)
-        cut = Cut.of(model_config, options.enclave_layers, options.enclave_top_layers)
-        return veil_shares(model_config, cut, config.train.batch_size, length, inner=options.inner)
-    placement: Placement = getattr(options, "placement", "compact")
-    return shares(resolve_config(config.model), placement, config.train.batch_size, length, design=config.design)
+        model = resolve_config(config.model)
+        cut = Cut.of(model, options.enclave_layers, options.enclave_top_layers)
+        return veil_shares(model, cut, batch, length, inner=options.inner)
+    return None
 
 
 def _cost(config: Config, outcome: Outcome, history: Mapping[str, Any], length: int | None) -> Cost:

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from veiltune.config import Config, load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import DESIGNS, option_tables
 from veiltune.errors import ConfigError, ExactnessError
 from veiltune.evaluation.record import RESULT, result_of
+from veiltune.models.families import find_family
 from veiltune.models.sources import resolve_config, resolve_model
 from veiltune.parties.party import Job
 from veiltune.privacy.bounds import error_bound, product_bound
@@ -213,7 +214,7 @@ def _configure(
         "enclave": {"allow_simulated": True},
         "session": {"processes": processes},
     }
-    return load_config(raw, overrides=overrides, options={name: each.options for name, each in DESIGNS.items()})
+    return load_config(raw, overrides=overrides, options=option_tables())
 
 
 def _verify(config: Config, against: Against, on_event: OnEvent) -> Verification:
@@ -328,13 +329,16 @@ def limits(
     product = product_bound(int(model.hidden_size), kappa, _EPS[config.dtype])
     largest = max(float(plain[name].abs().max()) for name in ("logits", "logits_tuned"))
     loss = float(plain["losses"].min())
+    family = find_family(model)
+    matrices = sum(bool(segment.post_norm) for segment in family.segments) if config.design in PRECISE_NORMS else 0
+    products = (4 + 2 * matrices) * model.num_hidden_layers
     ceilings = CEILINGS.get(config.dtype, {})
     if config.dtype == "float32" and model.num_hidden_layers > FEW_BLOCKS:
         ceilings = {**ceilings, "logits": DEEP_LOGITS}
     checks: list[Check] = []
     for quantity in QUANTITIES:
         name = "gradients" if quantity == "adapter" else quantity
-        derived = error_bound(name, product, products=4 * model.num_hidden_layers, largest_logit=largest, loss=loss)
+        derived = error_bound(name, product, products=products, largest_logit=largest, loss=loss)
         ceiling = kappa * ceilings[quantity] if quantity in ceilings else None
         checks.append(Check(quantity, errors[quantity], derived, ceiling))
     return tuple(checks)

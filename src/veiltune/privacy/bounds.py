@@ -10,7 +10,9 @@ from typing import Final
 
 from veiltune.errors import ConfigError, nearest
 
-_ROUNDED_STAGES: Final = 5
+_SPREAD: Final = 2.0
+"""Largest errors and largest entries are single draws. Over 160 passes (four families, two precisions, fresh keys each) the
+error was 0.1 to 1.3 of the bound without this factor."""
 
 
 def product_bound(dim: int, condition_number: float, eps: float) -> float:
@@ -32,15 +34,17 @@ def error_bound(quantity: str, product: float, *, products: int, largest_logit: 
     Args:
         quantity: ``logits`` (relative to the largest), ``loss``, or ``gradients`` (each to its largest entry).
         product: β, the bound of one protected product: :func:`product_bound` at the widest and worst key.
-        products: P, how many stand one behind the other: four a block (attention in and out, MLP in and out).
+        products: P, how many stand one behind the other: four a block (attention in and out, MLP in and out), and two
+            for a matrix that takes the place of a norm's gain (Gemma's sandwich norms in a rotated stream).
         largest_logit: the largest |logit| met.
         loss: the plain loss.
 
     *Bound*: a product disturbs the residual stream by at most β of its size, since a branch does not exceed the stream;
-    norms undo changes of scale; P independent disturbances add in quadrature: β·√P for the logits. Cross-entropy moves
-    by at most 2·max|Δlogit|. A gradient is a product of a state (off by β·√P) and a backward signal that meets the same
-    products again (β·√(2·P)) and starts at a softmax whose entries move by 2·|Δlogit| of themselves. The network's own
-    sensitivity is taken to be of order one: if it amplifies the rounding errors of its plain form, it does these.
+    norms undo changes of scale; P independent disturbances add in quadrature: β·√P for the logits, and twice that for the
+    spread between one largest entry and another, on which the ratio depends. Cross-entropy moves by at most 2·max|Δlogit|.
+    A gradient is a product of a state (off by β·√P) and a backward signal that meets the same products again (β·√(2·P))
+    and starts at a softmax whose entries move by 2·|Δlogit| of themselves. The network's own sensitivity is taken to be
+    of order one: if it amplifies the rounding errors of its plain form, it does these.
 
     Raises:
         ConfigError: an unknown ``quantity``.
@@ -48,4 +52,4 @@ def error_bound(quantity: str, product: float, *, products: int, largest_logit: 
     factors = {"logits": 1.0, "loss": 2 * largest_logit / loss, "gradients": 1 + math.sqrt(2) + 2 * largest_logit}
     if quantity not in factors:
         raise ConfigError(f"no error bound for {quantity!r}", hint=nearest(quantity, factors))
-    return factors[quantity] * math.sqrt(products) * product
+    return _SPREAD * factors[quantity] * math.sqrt(products) * product

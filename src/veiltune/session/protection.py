@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veiltune.config import load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import DESIGNS, option_tables
 from veiltune.designs.veil.protection import protection_plan as veil_plan
 from veiltune.errors import ConfigError, nearest
 from veiltune.models.sources import resolve_model
@@ -79,9 +79,8 @@ def protect_model(
     """
     if design not in PROTECTORS:
         raise ConfigError(f"no protected checkpoints are made for {design!r}", hint=nearest(design, PROTECTORS))
-    tables = {name: each.options for name, each in DESIGNS.items()}
     raw = {"design": design, "model": model, "output": str(directory)}
-    config = load_config(raw, overrides=overrides, options=tables)
+    config = load_config(raw, overrides=overrides, options=option_tables())
     checkpoint = resolve_model(model)
     check_ancestors(config.provider, checkpoint, on_event)
     options = design_options(DESIGNS[design], config.design_options)

@@ -75,9 +75,7 @@ class SealingKey(ByteSecret):
         if not path.exists():
             directory.mkdir(parents=True, exist_ok=True)
             _create_once(path, cls.generate().reveal())
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if mode & 0o077:
-            raise CheckpointError(f"{path} may be read by others (mode {mode:03o})", hint=f"run: chmod 600 {path}")
+        require_private(path)
         raw = path.read_bytes()
         if len(raw) != SECRET_BYTES:
             raise CheckpointError(
@@ -203,6 +201,13 @@ def _create_once(path: Path, content: bytes) -> None:
         pass
     finally:
         Path(temporary).unlink()
+
+
+def require_private(path: Path) -> None:
+    """Raise CheckpointError if anybody but its owner may read or change a file."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise CheckpointError(f"{path} may be read by others (mode {mode:03o})", hint=f"run: chmod 600 {path}")
 
 
 def sync_directory(directory: Path) -> None:

@@ -10,24 +10,19 @@ from torch import Tensor, nn
 from veiltune.designs.veil.backend import VeiledBackend
 from veiltune.designs.veil.options import VeilOptions, refuse_sandwich_norms
 from veiltune.designs.veil.protection import load_key, stream_key
-from veiltune.designs.veil.state import WeightsStore
 from veiltune.engine import Engine
 from veiltune.errors import CheckpointError, ConfigError
 from veiltune.models.adapters import adapted_linears, factor_dtype, initial_factors
 from veiltune.models.cut import Cut, owner_model
 from veiltune.models.precision import round_between_operations
 from veiltune.models.rotated import Folding, VeilPort, VeilStub, compute_norms_in_float64, install_veil_stub
-from veiltune.models.skeleton import (
-    assign_parameter,
-)
+from veiltune.models.skeleton import assign_parameter
 from veiltune.models.trainable import make_trainable
 from veiltune.parties.enclaved import EnclaveSession
 from veiltune.parties.party import Party
 from veiltune.parties.protected import ProtectionKey
 from veiltune.secrets import MasterSecret
-from veiltune.transport.messages import (
-    ModelCard,
-)
+from veiltune.transport.messages import ModelCard
 
 
 class Enclave(EnclaveSession):
@@ -69,12 +64,11 @@ class Enclave(EnclaveSession):
             )
 
     def _master_secret(self) -> MasterSecret:
-        """See `EnclaveSession._master_secret`; what is sealed is bound to the provider's weights, and so is a key from a file.
+        """See `EnclaveSession._master_secret`; a key from a file is bound to the provider's weights as well.
 
         Raises:
             CheckpointError: the key or the run to resume is of other weights.
         """
-        self.store = WeightsStore.bind(self.store, self.card.fingerprint)
         if self.options.protected is not None:
             self._protection = load_key(self.options, self.card.fingerprint)
         if self.party.job.resume_step is None and self._protection is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from veiltune.attacks import Attack, make_attack
 from veiltune.config import Config, load_config
-from veiltune.designs import DESIGNS
+from veiltune.designs import DESIGNS, option_tables
 from veiltune.errors import ConfigError, UserError, VeiltuneError
 from veiltune.evaluation.attacking import require_fit
 from veiltune.evaluation.inputs import check_inputs
@@ -180,7 +180,7 @@ def _config(file: StudyFile, seed: int, task: TaskEntry, variant: _Variant, chan
     }
     for tables in (file.tables.shared(), variant.entry.tables, changes):
         given = _merged(given, tables)
-    return load_config(given, overrides=variant.overrides, options=_OPTIONS)
+    return load_config(given, overrides=variant.overrides, options=option_tables())
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,9 +192,6 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _are_tables(*values: Any) -> bool:
     return all(isinstance(value, Mapping) for value in values)
-
-
-_OPTIONS = {name: design.options for name, design in DESIGNS.items()}
 
 
 def _run(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veiltune.checkpoints import StateStore
 from veiltune.config import Config
 from veiltune.engine import Engine
 from veiltune.models.families import find_family
@@ -17,6 +16,7 @@ from veiltune.models.family import Family
 from veiltune.models.skeleton import DTYPES, compute_dtype, config_from_json, require_complete, resolve_device
 from veiltune.parties.clock import BorderClock, serve_owner
 from veiltune.parties.enclaved.backend import HostPort
+from veiltune.parties.enclaved.state import WeightsStore
 from veiltune.parties.party import Party
 from veiltune.secrets import MasterSecret
 from veiltune.tee.enclave import SimulatedEnclave
@@ -51,7 +51,8 @@ class EnclaveSession(ABC):
         self.model_config = config_from_json(card.config)
         self.family: Family = find_family(self.model_config)
         self.refuse()
-        self.store = StateStore(party.directory, self.config.fingerprint(), SealingKey.load_or_create(party.directory))
+        sealing = SealingKey.load_or_create(party.directory)
+        self.store = WeightsStore(party.directory, self.config.fingerprint(), sealing, card.fingerprint)
         self.secret = self._master_secret()
         # Dropout's, from the secret: who could foretell its zeros would know entries of the states.
         torch.manual_seed(int.from_bytes(self.secret.subkey("dropout")[:8], "little") >> 1)

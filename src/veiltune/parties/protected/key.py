@@ -10,7 +10,6 @@ SIMULATED, a plain file, so that whoever can read the folder has the secret.
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import Final, final
 
@@ -19,7 +18,7 @@ import torch
 from veiltune.errors import CheckpointError
 from veiltune.parties.protected.manifest import Manifest, cannot_write
 from veiltune.secrets import MasterSecret, Secret
-from veiltune.tee.sealing import SIMULATED_KEY_FILE, SealingKey, seal_file, unseal_file
+from veiltune.tee.sealing import SIMULATED_KEY_FILE, SealingKey, require_private, seal_file, unseal_file
 
 CONTEXT: Final = "protected-checkpoint/1"
 
@@ -101,9 +100,7 @@ def open_key(path: Path) -> ProtectionKey:
             f"there is no key {str(path)!r}",
             hint="give the key file that veiltune protect wrote; without it the checkpoint is of no use",
         )
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        raise CheckpointError(f"{path} may be read by others (mode {mode:03o})", hint=f"run: chmod 600 {path}")
+    require_private(path)
     if not (path.parent / SIMULATED_KEY_FILE).is_file():
         raise CheckpointError(
             f"the (simulated) enclave's {SIMULATED_KEY_FILE}, which sealed {str(path)!r}, is not beside it",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from pydantic import Field, ValidationError
 from veiltune.config import Section
 from veiltune.errors import CheckpointError
 from veiltune.results import write_json
+from veiltune.tee.container.files import cannot_write as refused
 
 MANIFEST: Final = "manifest.json"
 VERSION: Final = 1
@@ -145,11 +145,8 @@ def describe_shard(path: Path) -> Shard:
 
 
 def cannot_write(path: Path, error: OSError) -> CheckpointError:
-    """The error for a disk that is full, or refuses."""
-    return CheckpointError(
-        f"cannot write {str(path)!r}: {os.strerror(error.errno) if error.errno else type(error).__name__}",
-        hint="make room; then the same command goes on where it stopped",
-    )
+    """The error for a disk that is full, or refuses; what is there already need not be made again."""
+    return refused(path, error, hint="make room; then the same command goes on where it stopped")
 
 
 def _sha256(path: Path) -> str:

@@ -54,7 +54,7 @@ def already_there(path: Path) -> ConfigError:
     return ConfigError(f"{str(path)!r} is there already", hint="choose another place, or remove it first")
 
 
-def cannot_write(path: Path, error: OSError) -> CheckpointError:
+def cannot_write(path: Path, error: OSError, hint: str = "make room, or choose another place") -> CheckpointError:
     """The error for a disk that is full, or refuses."""
     reason = os.strerror(error.errno) if error.errno else type(error).__name__
-    return CheckpointError(f"cannot write {str(path)!r}: {reason}", hint="make room, or choose another place")
+    return CheckpointError(f"cannot write {str(path)!r}: {reason}", hint=hint)

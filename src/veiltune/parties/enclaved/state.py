@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from veiltune.checkpoints import StateStore
 from veiltune.errors import CheckpointError
+from veiltune.tee.sealing import SealingKey
 
 _WEIGHTS = "weights"
 
 
 class WeightsStore(StateStore):
-    """A `StateStore` that keeps the weights' fingerprint in every file, and asks for it again. See `bind`."""
+    """A `StateStore` that keeps the fingerprint ``weights`` in every file, and asks for it again."""
 
-    weights: str = ""
-
-    @classmethod
-    def bind(cls, store: StateStore, weights: str) -> Self:
-        """``store`` for weights with this fingerprint."""
-        bound = cls(store.directory, store.fingerprint, store.key)
-        bound.weights = weights
-        return bound
+    def __init__(self, directory: Path, fingerprint: str, key: SealingKey, weights: str) -> None:
+        super().__init__(directory, fingerprint, key)
+        self.weights = weights
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """See `StateStore.save`."""
