@@ -2,40 +2,61 @@
 
 The plain step is `transformers` and `peft` alone, in this process: forward with labels on every token, backward, AdamW. The
 protected step is the same work over several processes. LoRA rank 16, on every linear (designs that cut the model: on those of the
-owner's 2 + 2 layers, against the plain step on all), batch 4 x 128, float32, random token ids. Idle processes wait passively; the
-plain step runs with the threading defaults a user would have. Memory is each party's largest resident set over a session of its
-own, with two steps.
+owner's 2 + 2 layers, against the plain step on all), float32, random token ids. All settings of a model and a batch take turns in
+one run, each in a session of its own that stays open; idle processes wait passively, and the plain step runs with the threading
+defaults a user would have. Memory is each party's largest resident set over a session of its own, with two steps.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from benchmarks._cells import cell
-from benchmarks._record import Row, Times, alternate, ratios, run, summary
-from benchmarks._runs import SMOLLM2, config_for, live, session, temporary_output
-from veiltune.examples import TokenizedExample
-from veiltune.models.adapters import peft_config
-from veiltune.models.families import find_family
-from veiltune.models.sources import resolve_model
-from veiltune.parties.owner import Owner
-from veiltune.parties.party import Job
+from benchmarks._record import Row, alternate, run
+from benchmarks._runs import SMOLLM2, live
+from benchmarks._steps import CASES, LORA, cut_step, peak_memory, plain_step, protected_step, random_ids, timed_row
+from veiltune.models.accounting import shares
+from veiltune.models.cut import Cut
+from veiltune.models.sources import resolve_config
+from veiltune.models.veil_accounting import veil_shares
 
-BATCH, LENGTH, RANK = 4, 128, 16
-ROUNDS, FEW_ROUNDS = 12, 6
-LORA = {"rank": RANK, "alpha": 32}
-SETTINGS: dict[str, dict[str, str]] = {
-    "compact": {"placement": "compact", "optimizer_at": "enclave"},
-    "compact, optimiser on the host": {"placement": "compact", "optimizer_at": "host"},
-    "paper": {"placement": "paper", "optimizer_at": "enclave"},
-}
+BATCH, LENGTH = 4, 128
+LONG = (1, 512)
 
+
+@dataclass(frozen=True)
+class Group:
+    """Settings of one model and one batch that take turns.
+
+    Attributes:
+        model: source.
+        name: for people.
+        batch: sequences and their length.
+        settings: of `CASES`.
+        rounds: how often each is timed.
+    """
+
+    model: str
+    name: str
+    batch: tuple[int, int]
+    settings: tuple[str, ...]
+    rounds: int
+
+
+FEW = ("compact", "veil")
+GROUPS = (
+    Group(SMOLLM2, "SmolLM2-135M-Instruct", (BATCH, LENGTH), tuple(CASES), 12),
+    Group(SMOLLM2, "SmolLM2-135M-Instruct", LONG, ("local", *FEW, "veil, optimiser on the host"), 6),
+    Group("random:gpt2-small", "random GPT-2 small", (BATCH, LENGTH), ("local", "compact", "paper", "veil"), 6),
+    Group("random:gpt2-small", "random GPT-2 small", LONG, FEW, 6),
+    Group("random:gpt2-medium", "random GPT-2 medium", (BATCH, LENGTH), FEW, 4),
+    Group("random:gpt2-medium", "random GPT-2 medium", LONG, FEW, 4),
+    Group("random:qwen2-0.5b", "random Qwen2-0.5B", (BATCH, LENGTH), (*FEW, "veil, optimiser on the host"), 4),
+    Group("random:qwen2-0.5b", "random Qwen2-0.5B", LONG, FEW, 4),
+)
+QUICK = Group("random:gpt2", "random GPT-2, tiny", (BATCH, LENGTH), ("compact", "veil"), 2)
 
 CUT_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "32 bits": ("split", {}),
@@ -45,89 +66,54 @@ CUT_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "half the trunk's layers": ("offsite", {"plug_in": False}),
     "half the trunk's layers, int8, α = 1": ("offline", {}),
 }
+CUT_ROUNDS = 6
 
 
-def plain_step(model_source: str, ids: Tensor) -> Callable[[], None]:
-    """The step a user of PEFT would run."""
-    import peft
-
-    checkpoint = resolve_model(model_source)
-    config = config_for("local", model_source, Path("unused"), lora=LORA)
-    family = find_family(checkpoint.config)
-    base: Any = checkpoint.load_plain(torch.float32)
-    model: Any = peft.get_peft_model(base, peft_config(config.lora, family, checkpoint.config.num_hidden_layers))
-    model.train()
-    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
-
-    def step() -> None:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def _flop_share(model: str, design: str, options: dict[str, Any], batch: int, length: int) -> float | None:
+    """The enclave's share of a forward pass's operations."""
+    config = resolve_config(model)
+    if design == "veil":
+        cut = Cut.of(config, options["enclave_layers"], 0)
+        return veil_shares(config, cut, batch, length).flop_share
+    return shares(config, options["placement"], batch, length).flop_share if design == "obfuscatune" else None
 
 
-def protected_step(owner: Owner, ids: Tensor) -> Callable[[], None]:
-    """The same step through the parties."""
-    targets = ids.shape[0] * (ids.shape[1] - 1)
-
-    def step() -> None:
-        owner.tuner.accumulate(ids, torch.ones_like(ids), ids, targets)
-        owner.tuner.step(1e-4)
-
-    return step
-
-
-def cut_step(owner: Owner, ids: Tensor, *, is_new: bool) -> Callable[[], None]:
-    """The same step under a design that cuts the model; ``is_new``: every time other tokens, which nobody kept."""
-    examples = [TokenizedExample(tuple(row), tuple(row)) for row in ids.tolist()]
-    owner.before_training(examples, [])
-    targets = ids.shape[0] * (ids.shape[1] - 1)
-    drawn = torch.Generator().manual_seed(1)
-
-    def step() -> None:
-        batch = torch.randint(0, int(ids.max()), ids.shape, generator=drawn) if is_new else ids
-        owner.tuner.accumulate(batch, torch.ones_like(batch), batch, targets)
-        owner.tuner.step(1e-4)
-
-    return step
-
-
-def _peak_memory(design: str, model: str, options: dict[str, Any]) -> dict[str, int]:
-    """Each party's largest resident set over a short session."""
-    with temporary_output() as output:
-        data = output.with_name("examples.jsonl")
-        row = json.dumps({"prompt": "a", "completion": " word" * LENGTH})
-        data.write_text(f"{row}\n" * (2 * BATCH), encoding="utf-8")
-        tables = {
-            "data": {"train": str(data), "max_length": LENGTH, "too_long": "truncate"},
-            "train": {"steps": 2, "batch_size": BATCH},
-            design: options,
-        }
-        outcome = session(f"memory {design}", config_for(design, model, output, lora=LORA, **tables), Job(verb="tune"))
-    return {role: figures["peak_rss"] for role, figures in outcome.figures.items()}
-
-
-def _timed(times: Times, setting: str, figures: dict[str, Any]) -> Row:
-    """What all rows say of a step."""
-    return {
-        "batch": BATCH,
-        "length": LENGTH,
-        "ratio": ratios(times, "plain")[setting],
-        "plain_seconds": summary(times["plain"]),
-        "seconds": summary(times[setting]),
-        "crossings_per_step": figures["crossings_per_step"],
-        "border_bytes_per_step": figures["border_bytes_per_step"],
-    }
+def _measure_group(group: Group) -> list[Row]:
+    (batch, length), rows = group.batch, []
+    ids = random_ids(group.model, batch, length)
+    with ExitStack() as stack:
+        tables = {"data": {"max_length": length}, "train": {"batch_size": batch}}
+        owners, steps = {}, {"plain": plain_step(group.model, ids)}
+        for setting in group.settings:
+            design, options = CASES[setting]
+            owners[setting] = stack.enter_context(live(design, group.model, lora=LORA, **tables, **{design: options}))
+            steps[setting] = protected_step(owners[setting], ids)
+        times = alternate(steps, group.rounds, warmup=2)
+        figures = {setting: owner.tuner.figures() for setting, owner in owners.items()}
+    for setting, found in figures.items():
+        design, options = CASES[setting]
+        wait, engine = found.get("wait_seconds", 0.0), found.get("engine_seconds", 0.0)
+        rows.append(
+            {
+                "design": design,
+                "setting": setting,
+                "placement": options.get("placement"),
+                "optimizer_at": options.get("optimizer_at"),
+                "model": group.name,
+                **timed_row(times, setting, found, batch, length),
+                "enclave_seconds_share": None if design == "local" else 1 - wait / engine,
+                "enclave_flops_share": _flop_share(group.model, design, options, batch, length),
+            }
+        )
+    return rows
 
 
 def _measure_cut(model: str, name: str, rounds: int, settings: dict[str, tuple[str, dict[str, Any]]]) -> list[Row]:
-    vocabulary = resolve_model(model).config.vocab_size
-    ids = torch.randint(0, vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(model, BATCH, LENGTH)
     rows: list[Row] = []
     plain = plain_step(model, ids)
     for setting, (design, options) in settings.items():
-        memory = _peak_memory(design, model, options)
+        memory = peak_memory((design, options), model, BATCH, LENGTH)
         tables = {"data": {"max_length": LENGTH}, "train": {"batch_size": BATCH}, design: options}
         with live(design, model, lora=LORA, **tables) as owner:
             step = cut_step(owner, ids, is_new=setting == "first epoch")
@@ -139,57 +125,25 @@ def _measure_cut(model: str, name: str, rounds: int, settings: dict[str, tuple[s
                 "setting": setting,
                 "placement": None,
                 "model": name,
-                **_timed(times, setting, figures),
+                **timed_row(times, setting, figures, BATCH, LENGTH),
                 "peak_rss": memory,
             }
         )
     return rows
 
 
-def _measure_model(model: str, name: str, rounds: int, settings: dict[str, dict[str, str]]) -> list[Row]:
-    vocabulary = resolve_model(model).config.vocab_size
-    ids = torch.randint(0, vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    rows: list[Row] = []
-    plain = plain_step(model, ids)
-    for setting, options in settings.items():
-        tables = {"data": {"max_length": LENGTH}, "train": {"batch_size": BATCH}, "obfuscatune": options}
-        with live("obfuscatune", model, lora=LORA, **tables) as owner:
-            step = protected_step(owner, ids)
-            times = alternate({"plain": plain, setting: step}, rounds, warmup=2)
-            figures = owner.tuner.figures()
-        rows.append(
-            {
-                "design": "obfuscatune",
-                "setting": setting,
-                "placement": options["placement"],
-                "optimizer_at": options["optimizer_at"],
-                "matrix": options.get("matrix", "orthogonal"),
-                "model": name,
-                **_timed(times, setting, figures),
-                "enclave_seconds_share": 1 - figures["wait_seconds"] / figures["engine_seconds"],
-            }
-        )
-    return rows
-
-
 def measure(quick: bool) -> list[Row]:
-    """Both models, both placements; then designs that cut the model, on the real one."""
+    """Designs with an enclave by model and batch; then designs that cut the model, on the real one."""
     if quick:
-        rows = _measure_model("random:gpt2", "random GPT-2, tiny", 2, {"compact": SETTINGS["compact"]})
         tiny = {name: CUT_SETTINGS[name] for name in ("32 bits", "later epochs")}
-        return rows + _measure_cut("random:llama:6,64,4,500", "random Llama, tiny", 2, tiny)
+        return _measure_group(QUICK) + _measure_cut("random:llama:6,64,4,500", "random Llama, tiny", 2, tiny)
     rows: list[Row] = []
-    for model, name, chosen, rounds in (
-        (SMOLLM2, "SmolLM2-135M-Instruct", list(SETTINGS), ROUNDS),
-        ("random:gpt2-small", "random GPT-2 small", ["compact", "paper"], FEW_ROUNDS),
-    ):
-        for setting in chosen:
-            one = {setting: SETTINGS[setting]}
-            settings = {"model": model, "setting": setting, "rounds": rounds}
-            rows += cell("step_ratio", settings, lambda args=(model, name, rounds, one): _measure_model(*args))
+    for group in GROUPS:
+        settings = {"model": group.model, "batch": group.batch, "settings": group.settings, "rounds": group.rounds}
+        rows += cell("step_ratio", settings, lambda group=group: _measure_group(group))
     for setting, design in CUT_SETTINGS.items():
-        settings = {"model": SMOLLM2, "cut": setting, "rounds": FEW_ROUNDS}
-        args = (SMOLLM2, "SmolLM2-135M-Instruct", FEW_ROUNDS, {setting: design})
+        settings = {"model": SMOLLM2, "cut": setting, "rounds": CUT_ROUNDS}
+        args = (SMOLLM2, "SmolLM2-135M-Instruct", CUT_ROUNDS, {setting: design})
         rows += cell("step_ratio", settings, lambda args=args: _measure_cut(*args))
     return rows
 

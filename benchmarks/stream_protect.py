@@ -103,8 +103,8 @@ def _row(wanted: int, *, quick: bool) -> Row:
 
 
 def measure(quick: bool) -> list[Row]:
-    """A quarter of the depth, then all of it: the peak is to be the same."""
-    return [_row(blocks, quick=quick) for blocks in ((2, 4) if quick else (BLOCKS // 4, BLOCKS))]
+    """An eighth of the depth, then all of it: the peak is to be the same."""
+    return [_row(blocks, quick=quick) for blocks in ((2, 4) if quick else (BLOCKS // 8, BLOCKS))]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from veiltune.checkpoints import StateStore
 from veiltune.config import TrainConfig
-from veiltune.engine import Engine, ParameterBackend, target_logits
+from veiltune.engine import Engine, ParameterBackend, target_logits, target_states
 from veiltune.errors import ProtocolError
 from veiltune.models.presets import random_config
 from veiltune.models.trunk import make_optimizer
@@ -144,7 +144,8 @@ def test_target_logits_are_the_full_logits_where_there_is_a_label(
     model = rig(family, tmp_path_factory.getbasetemp()).model.eval()
     ids, mask, labels = batch(lengths, unlabelled=unlabelled, seed=seed)
     with torch.no_grad():
-        logits, targets, rows = target_logits(model, ids, mask, labels)
+        states, targets, rows = target_states(model, ids, mask, labels)
+        logits = target_logits(model, states)
         full = full_logits(model, ids, mask)
     places = [
         (row, place)
@@ -167,8 +168,10 @@ def test_losses_are_taken_in_float32_or_better(tmp_path: Path) -> None:
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
     ):
-        logits, _, _ = target_logits(rig("llama", tmp_path, dtype=dtype).model.eval(), ids, mask, labels)
-        assert logits.dtype == wide
+        model = rig("llama", tmp_path, dtype=dtype).model.eval()
+        states, _, _ = target_states(model, ids, mask, labels)
+        assert states.dtype == dtype
+        assert target_logits(model, states).dtype == wide
 
 
 @models

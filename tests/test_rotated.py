@@ -176,6 +176,23 @@ def test_the_condition_number_of_a_fold_is_that_of_its_matrix() -> None:
     assert Reads(stream_of(is_centred=False), dead, None).condition_number() == float("inf")
 
 
+def test_small_gains_do_not_spoil_what_comes_back_from_the_rotated_basis() -> None:
+    """A float32 factor that is brought back does what it did there, whatever κ is: its large entries meet small gains."""
+    gain = torch.logspace(-6, 0, 16, dtype=torch.float64)
+    reads = Reads(stream_of(is_centred=False), gain, None)
+    trained = torch.randn(5, 16, dtype=torch.float64)
+    back = reads.undo(trained).float()
+    assert reads.condition_number() == pytest.approx(1e6, rel=0.02)
+    assert relative(reads.apply(back.double()), trained) < 2.0**-22
+    assert float(back.abs().max()) > 1e4
+    assert reads.error_growth() == 1.0
+    gain[3] = 0
+    assert Reads(stream_of(is_centred=False), gain, None).error_growth() == float("inf")
+    ones, bias = gains()
+    centred = Reads(stream_of(is_centred=True), ones, bias)
+    assert centred.error_growth() == centred.condition_number()
+
+
 # --- whole trunks -----------------------------------------------------------------------------------------------------
 
 
@@ -493,7 +510,7 @@ def test_a_fold_that_cannot_be_undone_is_refused_if_it_must_be(name: str, change
     tensors = {n: v.clone() for n, v in plain_tensors(name).items()}
     for parameter, (where, value) in change.items():
         tensors[parameter][where] = value
-    with pytest.raises(ModelError, match="condition number inf") as caught:
+    with pytest.raises(ModelError, match="enlarges errors inf times") as caught:
         pair(name, tensors=tensors, must_invert=True)
     assert "optimizer_at = 'enclave'" in str(caught.value.hint)
     with torch.no_grad():  # without the need it is as exact as any

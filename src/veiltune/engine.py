@@ -17,6 +17,7 @@ from torch.nn import functional
 from veiltune.checkpoints import StateStore, optimizer_tensors, restore_optimizer
 from veiltune.errors import ProtocolError
 from veiltune.examples import IGNORED
+from veiltune.models.head_loss import can_be_chunked, head_loss
 from veiltune.transport.messages import (
     Acknowledged,
     AdapterRequest,
@@ -118,10 +119,10 @@ class ParameterBackend(Backend):
         restore_optimizer(self.optimizer, self.parameters, self.store.load(step))
 
 
-def target_logits(
+def target_states(
     model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the labelled positions alone: the head is by far the widest matrix, and the others need none.
+    """What the head reads at the labelled positions alone: the head is by far the widest matrix, and the others need none.
 
     Args:
         model: a causal language model of `transformers`.
@@ -130,15 +131,27 @@ def target_logits(
         labels: (batch, seq), `IGNORED` where nothing is predicted.
 
     Returns:
-        logits (targets, vocabulary), their labels (targets,), their rows (targets,).
+        states (targets, d), their labels (targets,), their rows (targets,).
     """
     hidden = getattr(model, model.base_model_prefix)(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False
     )[0]
     wanted = labels[:, 1:] != IGNORED
-    rows = torch.nonzero(wanted)[:, 0]
-    logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
-    return (logits if logits.dtype == torch.float64 else logits.float()), labels[:, 1:][wanted], rows
+    return hidden[:, :-1][wanted], labels[:, 1:][wanted], torch.nonzero(wanted)[:, 0]
+
+
+def target_logits(model: Any, states: Tensor) -> Tensor:
+    """Logits (targets, vocabulary) of `target_states`, in float32 or better."""
+    logits = model.get_output_embeddings()(states)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def summed_loss(model: Any, states: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of `target_states`, summed; without a tensor of all logits where the head is frozen and plain."""
+    head = model.get_output_embeddings()
+    if can_be_chunked(head):
+        return head_loss(states, head.weight, labels)
+    return functional.cross_entropy(target_logits(model, states), labels, reduction="sum")
 
 
 class Engine:
@@ -191,7 +204,7 @@ class Engine:
         return handler(request)
 
     def _targets(self, request: TrainBatch | EvalBatch | ScoreBatch) -> tuple[Tensor, Tensor, Tensor]:
-        return target_logits(
+        return target_states(
             self.model,
             request.input_ids.to(self.device),
             request.attention_mask.to(self.device),
@@ -201,8 +214,8 @@ class Engine:
     def accumulate(self, request: TrainBatch) -> BatchLoss:
         """Forward and backward; gradients add up until the next step."""
         self.model.train()
-        logits, labels, _ = self._targets(request)
-        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        states, labels, _ = self._targets(request)
+        loss = summed_loss(self.model, states, labels)
         penalty = None if self.penalty is None else self.penalty()
         if torch.isfinite(loss):
             objective = loss / request.normalizer
@@ -216,9 +229,9 @@ class Engine:
     def evaluate(self, request: EvalBatch) -> BatchLoss:
         """Forward only."""
         self.model.eval()
-        logits, labels, _ = self._targets(request)
+        states, labels, _ = self._targets(request)
         self.backend.end_of_pass()
-        return BatchLoss(float(functional.cross_entropy(logits, labels, reduction="sum")), int(labels.numel()))
+        return BatchLoss(float(summed_loss(self.model, states, labels)), int(labels.numel()))
 
     def step(self, request: OptimizerStep) -> StepDone:
         """Apply the accumulated gradients."""
@@ -228,8 +241,9 @@ class Engine:
     def score(self, request: ScoreBatch) -> Scores:
         """Log-probability of each row's labelled tokens."""
         self.model.eval()
-        logits, labels, rows = self._targets(request)
+        states, labels, rows = self._targets(request)
         self.backend.end_of_pass()
+        logits = target_logits(self.model, states)
         picked = -functional.cross_entropy(logits, labels, reduction="none").double().cpu()
         wrong = (logits.argmax(-1) != labels).cpu()
         count = request.input_ids.shape[0]

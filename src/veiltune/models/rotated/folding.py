@@ -26,8 +26,8 @@ from veiltune.models.skeleton import blocks_of, empty_model
 from veiltune.privacy.orthogonal import Key
 from veiltune.secrets import MasterSecret
 
-MAX_CONDITION = 1e4
-"""The largest κ of a norm's fold that adapters trained in the rotated basis are brought back through."""
+MAX_GROWTH = 1e4
+"""How much a norm's fold may enlarge the rounding errors of adapters that are brought back from the rotated basis."""
 
 
 @dataclass
@@ -138,9 +138,9 @@ class Folding:
         gain = norm.values["weight"] + self._offset if norm.wanted else torch.ones(dim, dtype=torch.float64)
         bias = norm.values.get("bias")
         reader = Reads(self.stream, gain, bias if bias is not None and bool(bias.any()) else None)
-        if self._must_invert and (condition := reader.condition_number()) > MAX_CONDITION:
+        if self._must_invert and (growth := reader.error_growth()) > MAX_GROWTH:
             raise ModelError(
-                f"the fold of {path!r} has condition number {condition:.1e}: an adapter trained in the host's basis could not "
+                f"the fold of {path!r} enlarges errors {growth:.1e} times: an adapter trained in the host's basis could not "
                 "be brought back",
                 hint="set veil.optimizer_at = 'enclave'",
             )

@@ -191,6 +191,16 @@ class Reads(BorderMap):
             norms.append(float(there(vector).norm()))
         return norms[0] * norms[1]
 
+    def error_growth(self) -> float:
+        """How much a rounding error of `undo`'s result is enlarged in what a linear computes with it; ∞: nothing to undo.
+
+        At most κ(T). Where T is diagonal, 1: the entries that a small gain made large are met by that gain again, and a
+        float's error is relative to its entry.
+        """
+        if self.stream.is_centred:
+            return self.condition_number()
+        return 1.0 if bool(self._gain.all()) else float("inf")
+
 
 @final
 class Writes(BorderMap):
