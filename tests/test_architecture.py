@@ -28,7 +28,10 @@ MACHINE_PATHS = re.compile(r"(?<![\w.~/-])/(?:work|root|home|Users|opt/pypi|opt/
 REGISTRIES = re.compile(r"\b(?:pypi|registry[.]npmjs|crates)[.](?:org|io)\b|pythonhosted[.]org|download[.]pytorch[.]")
 
 # The verbs, frozen: a new one is a decision, written down here and in the documentation.
-VERBS = ("demo", "tune", "generate", "verify", "inspect", "protect", "attack", "compare", "advise", "party", "keygen")
+VERBS = (
+    *("demo", "tune", "generate", "verify", "inspect", "protect", "attack", "compare", "advise", "party", "keygen"),
+    *("attest", "seal"),
+)
 HEAVY = ("torch", "transformers", "peft", "lm_eval", "datasets", "matplotlib")
 
 

@@ -34,11 +34,10 @@ from veiltune.tee.attestation.policy import Policy, load_policy
 from veiltune.tee.attestation.quote_layout import layout_of
 from veiltune.tee.attestation.quotes import QuoteEvidence
 from veiltune.tee.attestation.runtime import RuntimeData
-from veiltune.tee.attestation.simulated import SimulatedEvidence, SimulatedPlatform
+from veiltune.tee.attestation.simulated import WARNING, SimulatedEvidence, SimulatedPlatform
 from veiltune.tee.attestation.snp import SnpEvidence, verify_snp
 from veiltune.tee.attestation.snp_certificates import Chain
 from veiltune.tee.attestation.verdict import Verified
-from veiltune.tee.enclave import WARNING
 
 ROOT = Path(__file__).resolve().parents[1]
 DAY = 86400
@@ -486,7 +485,7 @@ def test_runtime_data_crosses_the_wire_and_every_field_counts() -> None:
         {"nonce": bytes(31)},
         {"config_fingerprint": "A" * 64},
         {"hpke_key": b""},
-        {"tls_spki_sha256": b""},
+        {"tls_spki_sha256": bytes(31)},
     ]
     for wrong in wrongs:
         with pytest.raises(AttestationError, match="runtime data"):

@@ -282,13 +282,7 @@ def test_an_unknown_kind_of_key_is_named_with_the_nearest() -> None:
 OTHER: dict[str, Any] = {
     "design": "local",
     "model": "random:opt",
-    "seed": 1,
     "dtype": "float64",
-    "data.train": "a.jsonl",
-    "data.validation": "b.jsonl",
-    "data.limit": 3,
-    "data.max_length": 32,
-    "data.too_long": "truncate",
     "cut.bottom_layers": 1,
     "cut.top_layers": 3,
     "lora.rank": 3,
@@ -297,21 +291,8 @@ OTHER: dict[str, Any] = {
     "lora.targets": ["q_proj"],
     "lora.init_seed": 1,
     "train.method": "full",
-    "train.steps": 3,
-    "train.epochs": 2,
-    "train.batch_size": 3,
-    "train.accumulate": 3,
     "train.optimizer": "sgd",
-    "train.learning_rate": 3e-4,
     "train.weight_decay": 0.1,
-    "train.schedule": "cosine",
-    "train.warmup_steps": 3,
-    "train.max_grad_norm": 0.5,
-    "train.evaluate_every": 3,
-    "train.checkpoint_every": 3,
-    "evaluate.tasks": ["arc"],
-    "evaluate.limit": 3,
-    "evaluate.before": True,
     "enclave.allow_simulated": True,
     "peers": [{"role": "owner", "key": "spki-sha256:" + 64 * "0"}],
     "obfuscatune.matrix": "gaussian",
@@ -321,10 +302,35 @@ OTHER: dict[str, Any] = {
 }
 """Of every field that the parties agree on, a value that is not the default."""
 
+OF_THE_RUN: dict[str, Any] = {
+    "seed": 1,
+    "data.train": "a.jsonl",
+    "data.validation": "b.jsonl",
+    "data.limit": 3,
+    "data.max_length": 32,
+    "data.too_long": "truncate",
+    "train.steps": 3,
+    "train.epochs": 2,
+    "train.batch_size": 3,
+    "train.accumulate": 3,
+    "train.learning_rate": 3e-4,
+    "train.schedule": "cosine",
+    "train.warmup_steps": 3,
+    "train.max_grad_norm": 0.5,
+    "train.evaluate_every": 3,
+    "train.checkpoint_every": 3,
+    "evaluate.tasks": ["arc"],
+    "evaluate.limit": 3,
+    "evaluate.before": True,
+}
+"""The owner's business, which makes its run what it is."""
+
 OWN: dict[str, Any] = {
     "output": "elsewhere",
     "device": "cpu",
     "identity.key": "owner.key",
+    "enclave.policy": "policy.toml",
+    "enclave.certificates": "amd",
     "provider.public_ancestors": ["random:llama"],
     "provider.allow_public_ancestor": True,
     "provider.ancestor_blocks": 2,
@@ -335,6 +341,9 @@ OWN: dict[str, Any] = {
     "session.connect": {"provider": "127.0.0.1:7431"},
     "session.token_file": "token",
     "session.retry_seconds": 3.0,
+    "session.stop_seconds": 3.0,
+    "session.health": "127.0.0.1:9464",
+    "session.allow_unauthenticated": True,
 }
 """One party's own business."""
 
@@ -359,7 +368,11 @@ def fields(model: type[BaseModel], prefix: str = "") -> list[str]:
 def test_every_field_is_in_one_of_these_tables() -> None:
     """So that a field added later is thought of here."""
     every = {*fields(Config), *fields(option_tables()["obfuscatune"], "obfuscatune.")} - {"design_options"}
-    assert every - {"obfuscatune.condition_number"} == {*OTHER, *OWN}  # that one needs another matrix too: see below
+    assert every - {"obfuscatune.condition_number"} == {
+        *OTHER,
+        *OF_THE_RUN,
+        *OWN,
+    }  # that one needs another matrix too: see below
 
 
 @pytest.mark.parametrize("key", OTHER)
@@ -367,6 +380,42 @@ def test_the_fingerprint_changes_with_what_is_agreed(key: str) -> None:
     changed = load(**nested({key: OTHER[key]}))
     assert changed != load(), "the value is the default"
     assert changed.fingerprint() != load().fingerprint()
+    assert changed.run_fingerprint() != load().run_fingerprint()
+
+
+@pytest.mark.parametrize("key", OF_THE_RUN)
+def test_an_owners_share_makes_another_run_that_the_others_need_not_know_of(key: str) -> None:
+    changed = load(**nested({key: OF_THE_RUN[key]}))
+    assert changed != load(), "the value is the default"
+    assert changed.fingerprint() == load().fingerprint()
+    assert changed.run_fingerprint() != load().run_fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("design", "options", "agreed"),
+    [
+        ("online", {"server": {"max_pending": 9}}, False),
+        ("online", {"decorrelation": {"alpha": 3.0}}, False),
+        ("online", {"wire": {"activation_bits": 4}}, True),
+        ("gradfree", {"cache": {"sealed": True}, "warm_up": {"steps": 4}}, False),
+        ("offsite", {"emulator": {"distil_steps": 7}}, False),
+        ("offsite", {"emulator": {"layers": 7}}, True),
+        ("offsite", {"plug_in": False}, True),
+        ("veil", {"protected": "here", "key": "there"}, False),
+        ("veil", {"enclave_layers": 2}, True),
+        ("local", {"norms": "precise"}, True),
+    ],
+)
+def test_options_of_the_design_are_agreed_on_but_for_one_partys_business(
+    design: str, options: dict[str, Any], agreed: bool
+) -> None:
+    plain, changed = load(design=design), load(design=design, **{design: options})
+    assert changed.run_fingerprint() != plain.run_fingerprint()
+    assert (changed.fingerprint() != plain.fingerprint()) is agreed
+
+
+def test_options_of_other_designs_are_not_agreed_on() -> None:
+    assert load(online={"wire": {"activation_bits": 4}}).fingerprint() == load().fingerprint()
 
 
 def test_the_fingerprint_is_the_same_where_a_default_is_spelt_out() -> None:
@@ -390,6 +439,7 @@ def test_the_fingerprint_is_the_same_whatever_a_party_does_for_itself(key: str) 
     changed = load(**nested({key: OWN[key]}))
     assert changed != load()
     assert changed.fingerprint() == load().fingerprint()
+    assert changed.run_fingerprint() == load().run_fingerprint()
 
 
 @given(st.permutations(sorted(OTHER)), st.integers(0, len(OTHER)))

@@ -78,7 +78,7 @@ def test_what_the_owner_measured_is_recorded(tmp_path: Path) -> None:
     assert record.cost.seconds_per_step is not None
     assert record.cost.seconds_per_step.median == pytest.approx(0.6)
     assert record.cost.peak_rss == {"owner": 5, "host": 7}
-    assert record.fingerprint == configured(tmp_path).fingerprint()
+    assert record.fingerprint == configured(tmp_path).run_fingerprint()
 
 
 def test_costs_are_those_of_the_meters(tmp_path: Path) -> None:

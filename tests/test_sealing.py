@@ -1,15 +1,11 @@
-"""Sealed state opens whole, for the right key and purpose, or not at all; simulated evidence is known as such."""
+"""Sealed state opens whole, for the right key and purpose, or not at all."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import flipped
-from veiltune.errors import CheckpointError, ProtocolError, UserError
+from veiltune.errors import CheckpointError
 from veiltune.secrets import MasterSecret
 from veiltune.tee import sealing
-from veiltune.tee.enclave import SIMULATED, WARNING, SimulatedEnclave, check_evidence
 from veiltune.tee.sealing import CHUNK_BYTES, SealingKey, seal, seal_file, unseal, unseal_file
 
 KEY = SealingKey.for_tests(1)
@@ -189,72 +184,3 @@ def test_a_key_file_that_others_may_read_or_that_is_torn_is_refused(tmp_path: Pa
     path.write_bytes(b"short")
     with pytest.raises(CheckpointError, match="5 bytes"):
         SealingKey.load_or_create(tmp_path)
-
-
-# ---- simulated evidence ---------------------------------------------------------------------------------------------
-
-NONCE = bytes(range(32))
-ENCLAVE = SimulatedEnclave("f00d")
-
-
-def check(evidence: dict[str, Any], *, allow: bool = True, nonce: bytes = NONCE, fingerprint: str = "f00d") -> str:
-    return check_evidence(evidence, nonce=nonce, fingerprint=fingerprint, allow_simulated=allow)
-
-
-def test_evidence_survives_json_and_names_itself(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        enclave = SimulatedEnclave("f00d")
-        assert WARNING in caplog.text
-        caplog.clear()
-        evidence = json.loads(json.dumps(enclave.evidence(NONCE)))
-        assert check(evidence) == SIMULATED == enclave.label == "simulated"
-        assert WARNING in caplog.text
-    assert evidence["kind"] == "simulated"
-    assert "protects nothing" in evidence["warning"]
-    assert "quote" not in evidence
-    assert repr(enclave).startswith("<Secret SimulatedEnclave")
-
-
-def test_simulated_evidence_is_refused_unless_allowed() -> None:
-    with pytest.raises(UserError, match="simulated") as caught:
-        check(ENCLAVE.evidence(NONCE), allow=False)
-    assert "enclave.allow_simulated = true" in str(caught.value.hint)
-
-
-def test_a_replay_and_another_configuration_are_refused() -> None:
-    with pytest.raises(ProtocolError, match="not for our nonce"):
-        check(ENCLAVE.evidence(NONCE), nonce=os.urandom(32))
-    with pytest.raises(ProtocolError, match="configuration f00d, we agreed to beef"):
-        check(ENCLAVE.evidence(NONCE), fingerprint="beef")
-    with pytest.raises(ProtocolError, match="nonce of 15 bytes"):
-        ENCLAVE.evidence(bytes(15))
-
-
-@pytest.mark.parametrize("field", ["warning", "nonce", "config_fingerprint", "public_key", "signature"])
-@pytest.mark.parametrize("value", ["", "00" * 32, "not hexadecimal", "é"])
-def test_an_altered_field_breaks_the_signature(field: str, value: str) -> None:
-    with pytest.raises(ProtocolError, match="signature"):
-        check({**ENCLAVE.evidence(NONCE), field: value})
-
-
-def test_evidence_signed_by_another_enclave_is_refused() -> None:
-    other = SimulatedEnclave("f00d").evidence(NONCE)
-    with pytest.raises(ProtocolError, match="signature"):
-        check({**ENCLAVE.evidence(NONCE), "signature": other["signature"]})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"kind": "tdx"}, "unknown kind"),
-        ({"kind": None}, "unknown kind"),
-        ({"quote": "00"}, "malformed"),
-        ({"nonce": 7}, "malformed"),
-        ({"extra": {"nested": 1}}, "malformed"),
-    ],
-)
-def test_evidence_of_another_shape_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ProtocolError, match=message):
-        check({**ENCLAVE.evidence(NONCE), **change})
-    with pytest.raises(ProtocolError, match="unknown kind"):
-        check({})

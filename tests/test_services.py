@@ -6,10 +6,8 @@ Each is a new interpreter, so these tests are slow.
 from __future__ import annotations
 
 import json
-import queue
 import signal
 import stat
-import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ import helpers
 from commands import outside, runner
 from cutting import CUT, EXACT, cut_config, deep_model
 from helpers import tuned, write_examples
+from programs import Program, write_toml
 from veiltune.session import service as service_module
 
 STEPS = 8
@@ -54,58 +53,12 @@ def values(directory: Path, design: str, **changes: Any) -> dict[str, Any]:
     return {**found, **flat, **{name.replace("__", "."): value for name, value in changes.items()}}
 
 
-def write(directory: Path, settings: dict[str, Any]) -> str:
-    """As a TOML file."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "run.toml"
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()), encoding="utf-8")
-    return str(path)
-
-
-class Program:
-    """`veiltune party provider`, with what it prints, line by line."""
-
-    def __init__(self, config: str, *, listen: str = "127.0.0.1:0") -> None:
-        self.process = outside(["party", "provider", config, "--listen", listen, "--json"])
-        self.events: list[dict[str, Any]] = []
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
-
-    def wait_for(self, event: str, seconds: float = 100.0) -> dict[str, Any]:
-        """The next event of this name."""
-        deadline = time.monotonic() + seconds
-        while True:
-            line = self._lines.get(timeout=max(0.1, deadline - time.monotonic()))
-            assert line is not None, self.process.stderr.read() if self.process.stderr else ""
-            self.events.append(json.loads(line))
-            if self.events[-1]["event"] == event:
-                return self.events[-1]
-
-    def end(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """Signal it and wait; its exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(how)
-        code = self.process.wait(30)
-        self._reader.join(30)
-        for stream in (self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
-        return code
-
-
 @contextmanager
 def started(directory: Path, design: str, **changes: Any) -> Generator[tuple[Program, str]]:
     """A provider and its address."""
     token = str(directory / "token")
     program = Program(
-        write(directory / "provider", values(directory / "provider", design, session__token_file=token, **changes))
+        write_toml(directory / "provider", values(directory / "provider", design, session__token_file=token, **changes))
     )
     try:
         yield program, program.wait_for("listening")["address"]
@@ -145,7 +98,7 @@ def test_several_owners_tune_at_one_provider_and_each_has_its_own_losses(tmp_pat
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
         names = ["a", "bb", "ccc", "dddd"]
         settings = [owner_settings(tmp_path, name, "split", address, seed=len(name)) for name in names]
-        configs = [write(tmp_path / name, each) for name, each in zip(names, settings, strict=True)]
+        configs = [write_toml(tmp_path / name, each) for name, each in zip(names, settings, strict=True)]
         owners = [outside(["tune", config, "--json"]) for config in configs]
         ended = [owner.communicate(timeout=250) for owner in owners]
         for owner, (_, err) in zip(owners, ended, strict=True):
@@ -176,7 +129,7 @@ def test_a_provider_killed_in_the_middle_is_waited_for(tmp_path: Path) -> None:
     """SIGKILL while an owner tunes, and the same address again: the losses are those of an undisturbed run."""
     with started(tmp_path, "online") as (program, address):
         settings = owner_settings(tmp_path, "owner", "online", address, train__steps=150)
-        config = write(tmp_path / "owner", settings)
+        config = write_toml(tmp_path / "owner", settings)
         with outside(["tune", config, "--json"]) as owner:
             transcript = tmp_path / "owner" / "out" / "config.json"
             deadline = time.monotonic() + 100
@@ -206,7 +159,7 @@ def test_an_owner_with_another_token_is_turned_away(tmp_path: Path) -> None:
         settings = owner_settings(tmp_path, "stranger", "gradfree", address)
         other = tmp_path / "other-token"
         service_module.read_token(other, create=True)
-        config = write(tmp_path / "stranger", {**settings, "session.token_file": str(other)})
+        config = write_toml(tmp_path / "stranger", {**settings, "session.token_file": str(other)})
         with outside(["tune", config]) as owner:
             _, err = owner.communicate(timeout=100)
         assert owner.returncode == 3, err
@@ -218,7 +171,7 @@ def test_an_owner_with_another_token_is_turned_away(tmp_path: Path) -> None:
 
 def test_offsite_over_tcp_leaves_the_result_with_the_provider(tmp_path: Path) -> None:
     with started(tmp_path, "offsite") as (program, address):
-        config = write(tmp_path / "owner", owner_settings(tmp_path, "owner", "offsite", address))
+        config = write_toml(tmp_path / "owner", owner_settings(tmp_path, "owner", "offsite", address))
         with outside(["tune", config, "--json"]) as owner:
             out, err = owner.communicate(timeout=200)
         assert owner.returncode == 0, err
@@ -241,7 +194,13 @@ def veiltune(capsys: pytest.CaptureFixture[str]) -> Any:
     [
         ("party provider", {}, "session.token_file is not set", "name the file"),
         ("party provider", {"session.token_file": "EMPTY"}, "holds no session token", "copy it again"),
-        ("party owner", {"session.token_file": "NEW"}, "split has no 'owner' that runs as a service", "provider"),
+        (
+            "party owner",
+            {},
+            "session.connect names no services, and under split no 'owner' runs as a service",
+            "(provider)",
+        ),
+        ("party host", {"session.token_file": "NEW"}, "split has no 'host' that runs as a service", "provider"),
         ("party provider", {"session.token_file": "NEW", "design": "local"}, "local has no 'provider'", "none"),
         ("tune", {"session.connect.provider": "127.0.0.1:1"}, "session.token_file is not set", "name the file"),
         (
@@ -268,7 +227,7 @@ def test_what_cannot_be_a_service(
     changes = {
         name: str(tmp_path / value) if name == "session.token_file" else value for name, value in changes.items()
     }
-    ran = veiltune(*verb.split(), write(tmp_path, {**settings, **changes}))
+    ran = veiltune(*verb.split(), write_toml(tmp_path, {**settings, **changes}))
     assert ran.code == 2, ran.err
     assert f"error: {error}" in ran.err or error in ran.err.split("error: ")[1].splitlines()[0]
     assert hint in ran.err.split("hint: ")[1].splitlines()[0]
@@ -280,7 +239,7 @@ def test_a_port_that_is_taken(veiltune: Any, tmp_path: Path) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        config = write(tmp_path, values(tmp_path, "split", session__token_file=str(tmp_path / "token")))
+        config = write_toml(tmp_path, values(tmp_path, "split", session__token_file=str(tmp_path / "token")))
         ran = veiltune("party", "provider", config, "--listen", address)
     assert ran.code == 2
     assert f"cannot listen at {address}" in ran.err
@@ -289,4 +248,4 @@ def test_a_port_that_is_taken(veiltune: Any, tmp_path: Path) -> None:
 
 def test_interpreters_are_few() -> None:
     """A guard for whoever adds tests here: each program takes seconds."""
-    assert Path(__file__).read_text(encoding="utf-8").count("outside(") <= 8
+    assert Path(__file__).read_text(encoding="utf-8").count("outside(") <= 7

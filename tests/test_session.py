@@ -39,7 +39,7 @@ from veiltune.parties.party import Job
 from veiltune.secrets import MasterSecret
 from veiltune.session import PartyDied, PartyFailure, Session
 from veiltune.session.run import prepare_output
-from veiltune.tee.enclave import WARNING
+from veiltune.tee.attestation.simulated import WARNING
 from veiltune.training import COMMIT
 from veiltune.transport.messages import Message
 

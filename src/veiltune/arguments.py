@@ -10,8 +10,13 @@ from typing import Any, NoReturn
 from veiltune import __version__
 from veiltune.errors import UserError
 
-VERBS = ("demo", "tune", "generate", "verify", "inspect", "protect", "attack", "compare", "advise", "party", "keygen")
-MODEL_HELP = "hub id, directory, GGUF file, package:DISTRIBUTION or random:FAMILY[:layers,hidden,heads,vocab]"
+VERBS = (
+    *("demo", "tune", "generate", "verify", "inspect", "protect", "attack", "compare", "advise", "party", "keygen"),
+    *("attest", "seal"),
+)
+MODEL_HELP = (
+    "hub id, directory, GGUF file, package:DISTRIBUTION, random:FAMILY[:layers,hidden,heads,vocab] or sealed:FILE"
+)
 CONFIG_HELP = "a TOML file, or a run's output directory (its config.json)"
 
 Command = Callable[[argparse.Namespace], int]
@@ -47,6 +52,8 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_advise(verbs, commands["advise"])
     _add_party(verbs, commands["party"])
     _add_keygen(verbs, commands["keygen"])
+    _add_attest(verbs, commands["attest"])
+    _add_seal(verbs, commands["seal"])
     return parser
 
 
@@ -178,10 +185,13 @@ def _add_advise(verbs: Any, run: Command) -> None:
 
 def _add_party(verbs: Any, run: Command) -> None:
     party = _add(verbs, "party", run, "run one party as a service, for sessions whose configuration names its address")
-    party.add_argument("role", metavar="ROLE", help="provider, under a design that cuts the model")
+    party.add_argument("role", metavar="ROLE", help="provider, enclave or host; owner: tune with those that run")
     _add_config(party)
     party.add_argument(
         "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="default: a free port of this machine alone"
+    )
+    party.add_argument(
+        "--health", metavar="HOST:PORT", help="serve /healthz, /readyz and /metrics there (default: session.health)"
     )
 
 
@@ -199,6 +209,41 @@ def _add_keygen(verbs: Any, run: Command) -> None:
     keygen.add_argument(
         "--renew", action="store_true", help="a new certificate for the key that is there; its name stays"
     )
+
+
+def _add_attest(verbs: Any, run: Command) -> None:
+    attest = _add(verbs, "attest", run, "evidence of this machine's trusted hardware, or a file of it, under a policy")
+    attest.add_argument("--policy", type=Path, metavar="FILE", help="what is accepted; without one nothing is verified")
+    attest.add_argument("--evidence", type=Path, metavar="FILE", help="look at this, not at this machine")
+    attest.add_argument(
+        "--nonce", metavar="HEX", help="64 digits that the verifier drew, which the evidence is to be for"
+    )
+    attest.add_argument("--config", metavar="CONFIG", help="a run's configuration, which the evidence is to be for")
+    attest.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of --config")
+    attest.add_argument(
+        "--key", type=Path, metavar="FILE", help="put this key for sealed containers into the evidence; made if absent"
+    )
+    attest.add_argument("--to", type=Path, metavar="FILE", help="write this machine's evidence there")
+    attest.add_argument(
+        "--certificates", type=Path, metavar="DIR", help="AMD's, for SEV-SNP hosts that provide none (vcek, ask, ark)"
+    )
+
+
+def _add_seal(verbs: Any, run: Command) -> None:
+    seal = _add(verbs, "seal", run, "encrypt a model or a file of data, so that its recipients alone can open it")
+    seal.add_argument("what", metavar="WHAT", help=f"a file of data, or a model: {MODEL_HELP}")
+    seal.add_argument("--to", type=Path, required=True, metavar="FILE", help="the container")
+    seal.add_argument(
+        "--for",
+        dest="recipients",
+        action="append",
+        default=[],
+        metavar="RECIPIENT",
+        help="ROLE.recipient.toml, or evidence with a key (`veiltune attest --key`); may be repeated",
+    )
+    seal.add_argument("--key", type=Path, metavar="FILE", help="your own private key, to open it again; made if absent")
+    seal.add_argument("--policy", type=Path, metavar="FILE", help="what evidence in --for has to meet")
+    seal.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
 
 def parse_settings(given: Sequence[str]) -> dict[str, Any]:

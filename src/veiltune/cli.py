@@ -12,13 +12,11 @@ import argparse
 import json
 import logging
 import os
-import secrets
 import shlex
 import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +74,8 @@ def _run(arguments: list[str]) -> int:
             "advise": _advise,
             "party": _party,
             "keygen": _keygen,
+            "attest": _attest,
+            "seal": _seal,
         }
     )
     verb = next((each for each in arguments if not each.startswith("-")), None)
@@ -152,55 +152,11 @@ def _interrupted(options: argparse.Namespace, outcome: Outcome) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from veiltune.display import Display, console
-    from veiltune.evaluation import is_simulated
-    from veiltune.parties import Job
-    from veiltune.session import run_session
-    from veiltune.training import COMMIT
+    from veiltune.generating import run_generate
 
-    config = _configuration(options)
-    if not options.prompt.strip():
-        raise UserError("the prompt is empty", hint="give --prompt some text")
-    settings = _decoding(options)
-    is_tuned = (Path(config.output) / COMMIT).is_file()
-    with ExitStack() as stack:
-        title = f"asking {config.model} under {config.design}, {'as tuned' if is_tuned else 'not tuned'}"
-        display = stack.enter_context(Display(console(), title))
-        if not is_tuned:  # leave the output directory to the run that will make it
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="veiltune-generate-"))
-            config = config.model_copy(update={"output": Path(scratch) / "run"})
-
-        def on_event(event: str, fields: dict[str, Any]) -> None:
-            display(event, fields)
-            if event == "text" and not options.json:
-                display.stop()
-                sys.stdout.write(fields["text"])
-                sys.stdout.flush()
-
-        job = Job(verb="generate", prompt=options.prompt, settings=settings)
-        outcome = run_session(config, job, on_event=on_event, resume=is_tuned)
-    answer = {**outcome.owner["generated"], "is_tuned": is_tuned, "settings": settings}
-    if options.json:
-        print(
-            json.dumps(
-                {"design": config.design, "model": config.model, **answer, "simulated_enclave": is_simulated(outcome)}
-            )
-        )
-    else:
-        print(flush=True)
-    if "seed" in settings and options.seed is None:
-        print(f"drawn with --seed {settings['seed']}", file=sys.stderr)
-    return 0
-
-
-def _decoding(options: argparse.Namespace) -> dict[str, Any]:
-    chosen = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": bool(options.sample or chosen)}
-    if settings["do_sample"]:
-        seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-        settings |= {**chosen, "seed": seed}
-    return settings
+    names = ("max_new_tokens", "sample", "temperature", "top_p", "top_k", "seed")
+    decoding = {name: getattr(options, name) for name in names}
+    return run_generate(_configuration(options), options.prompt, decoding, as_json=options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -318,17 +274,13 @@ def _advise(options: argparse.Namespace) -> int:
 
 
 def _party(options: argparse.Namespace) -> int:
-    import signal
-
-    from veiltune.display import ServiceLog, console
-    from veiltune.session.service import Service, parse_address
+    from veiltune.serving import run_owner, run_service
 
     config = _configuration(options)
-    service = Service(config, options.role, parse_address(options.listen), ServiceLog(console(), as_json=options.json))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: service.stop())
-    service.run()
-    return 0
+    if options.role == "owner":
+        again = argparse.Namespace(**vars(options), overwrite=False)
+        return run_owner(config, lambda resume: _tune(argparse.Namespace(**vars(again), resume=resume)))
+    return run_service(config, options.role, listen=options.listen, health=options.health, as_json=options.json)
 
 
 def _keygen(options: argparse.Namespace) -> int:
@@ -340,6 +292,24 @@ def _keygen(options: argparse.Namespace) -> int:
     fields = {"role": made.role, "key": made.pin, "file": secret}
     print(json.dumps(fields) if options.json else made.public_text().strip())
     return 0
+
+
+def _attest(options: argparse.Namespace) -> int:
+    from veiltune.attesting import Asked, run_attest
+
+    if options.set and options.config is None:
+        raise UserError("--set changes values of a configuration, and none is given", hint="give --config CONFIG")
+    names = ("policy", "evidence", "nonce", "key", "to", "certificates")
+    config = None if options.config is None else _configuration(options)
+    return run_attest(Asked(config=config, **{name: getattr(options, name) for name in names}), as_json=options.json)
+
+
+def _seal(options: argparse.Namespace) -> int:
+    from veiltune.sealing import run_seal
+
+    names = ("recipients", "key", "policy", "overwrite")
+    chosen = {name: getattr(options, name) for name in names}
+    return run_seal(options.what, options.to, **chosen, as_json=options.json)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -2,12 +2,12 @@
 
 A TOML file (or a mapping) becomes a frozen `Config`. Each design brings a model of its own options, which live in the table
 named after it (``[obfuscatune]``), so one file can hold the options of several designs and only ``design`` need change.
-The `fingerprint` covers everything the parties must agree on and nothing that is one party's own business.
+The `fingerprint` covers everything the parties must agree on and nothing that is one party's own business; the
+`run_fingerprint` tells an owner's runs apart.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from veiltune.errors import ConfigError, nearest
+from veiltune.fingerprints import agreed_fingerprint, run_fingerprint
 from veiltune.peers import IdentityConfig, PeerConfig
 
 T = TypeVar("T", bound=BaseModel)
@@ -97,9 +98,15 @@ class TrainConfig(Section):
 
 
 class EnclaveConfig(Section):
-    """What the parties accept as an enclave."""
+    """What the parties accept as an enclave. Without ``policy`` no hardware is accepted, and nothing at all by default."""
 
     allow_simulated: bool = Field(default=False, description="accept a simulated enclave, which protects nothing")
+    policy: Path | None = Field(
+        default=None, description="file of what this party accepts; each verifier's own business"
+    )
+    certificates: Path | None = Field(
+        default=None, description="the enclave's own: folder with AMD's certificates, where its host provides none"
+    )
 
 
 class ProviderConfig(Section):
@@ -126,6 +133,11 @@ class SessionConfig(Section):
     )
     token_file: Path | None = Field(default=None, description="the services' session token")
     retry_seconds: float = Field(default=60.0, ge=0, description="how long to look for a service that went away")
+    stop_seconds: float = Field(default=60.0, ge=0, description="how long a stopping service lets an open session save")
+    health: str | None = Field(default=None, description="a service's health and metrics: 'HOST:PORT' on loopback")
+    allow_unauthenticated: bool = Field(
+        default=False, description="link beyond this machine by the session token alone: nothing is encrypted"
+    )
 
 
 class EvaluateConfig(Section):
@@ -166,12 +178,12 @@ class Config(Section):
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON of what all parties must agree on (hex)."""
-        agreed = self.model_dump(mode="json", exclude={"output", "provider", "session", "device", "identity"})
-        if not self.peers:  # a run without keys keeps the fingerprint it had before there were any
-            del agreed["peers"]
-        text = json.dumps(agreed, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Of what all parties of a session must have alike (hex); see `fingerprints` for what that is and why."""
+        return agreed_fingerprint(self.model_dump(mode="json"))
+
+    def run_fingerprint(self) -> str:
+        """Of what makes the owner's run what it is (hex): what is agreed on, and its text, seed and schedule."""
+        return run_fingerprint(self.model_dump(mode="json"))
 
     def to_json(self) -> str:
         """The whole configuration as JSON, as it is handed to a party's process."""

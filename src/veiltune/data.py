@@ -31,6 +31,7 @@ from veiltune.examples import (
     tokenize,
 )
 from veiltune.models.packages import normalise
+from veiltune.tee.container.ring import SEALED, SealedFile, open_sealed_file
 
 __all__ = [
     "IGNORED",
@@ -76,8 +77,8 @@ def load_examples(
 
     Args:
         source: a ``.jsonl``, ``.csv`` or ``.parquet`` file; a directory with ``SPLIT.jsonl`` (or ``.csv``,
-            ``.parquet``); a hub data set ``OWNER/NAME`` (``:CONFIG`` and ``@REVISION`` optional); or
-            ``package:DISTRIBUTION/TASK``.
+            ``.parquet``); a hub data set ``OWNER/NAME`` (``:CONFIG`` and ``@REVISION`` optional);
+            ``package:DISTRIBUTION/TASK``; or ``sealed:PATH``, one such file in a container.
         split: which split of a directory, a hub data set or a task; a single file has none and is taken whole.
         limit: at most this many examples.
         seed: of the draw.
@@ -85,22 +86,32 @@ def load_examples(
 
     Raises:
         DataError: no such source, an empty one, or a row that is malformed or lacks the first row's columns.
+        CheckpointError: a sealed file does not open.
     """
     if source.startswith("package:"):
         return list(_from_package(source, split, limit, seed, cache_dir))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        path = _split_file(path, split)
-    rows = (
-        _READERS[path.suffix](path)
-        if path.is_file() and path.suffix in _READERS
-        else _from_elsewhere(source, path, split)
-    )
-    examples = _to_examples(rows, source)
+    examples = _to_examples(_rows(source, split), source)
     if limit is not None and limit < len(examples):
         chosen = random.Random(seed).sample(range(len(examples)), limit)  # noqa: S311 - a repeatable draw
         examples = [examples[number] for number in sorted(chosen)]
     return examples
+
+
+def _rows(source: str, split: str) -> Iterator[Row]:
+    if source.startswith(SEALED):
+        sealed = open_sealed_file(source, purpose="data")
+        if sealed.suffix not in _READERS:
+            raise DataError(
+                f"{source!r} holds {sealed.name!r}, which has none of the endings {', '.join(_READERS)}",
+                hint="convert it to JSON lines, and seal that",
+            )
+        return _READERS[sealed.suffix](sealed)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _split_file(path, split)
+    if path.is_file() and path.suffix in _READERS:
+        return _READERS[path.suffix](path)
+    return _from_elsewhere(source, path, split)
 
 
 def _from_package(
@@ -139,7 +150,7 @@ def _from_elsewhere(source: str, path: Path, split: str) -> Iterator[Row]:
     return _read_hub(source, split)
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path | SealedFile) -> Iterator[Row]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path.name}:{number}"
@@ -165,7 +176,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             yield where, row
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path | SealedFile) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
@@ -191,12 +202,12 @@ def _num_cells(row: Mapping[Any, Any]) -> int:
     return sum(value is not None for name, value in row.items() if name is not None) + len(row.get(None) or [])
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path | SealedFile) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as stream, pq.ParquetFile(stream) as file:
             number = 0
             for batch in file.iter_batches():
                 for row in batch.to_pylist():

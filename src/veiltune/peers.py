@@ -54,6 +54,11 @@ class PeerConfig(BaseModel):
         return key
 
 
+def digest_of(pin: str) -> bytes:
+    """The 32 bytes that a key's public name says."""
+    return bytes.fromhex(pin.removeprefix(PIN_PREFIX))
+
+
 def roles_of(peers: tuple[PeerConfig, ...], pin: str) -> frozenset[str]:
     """The roles that the holder of a key may act in; empty for a stranger."""
     return frozenset(peer.role for peer in peers if peer.key == pin)

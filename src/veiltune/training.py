@@ -196,7 +196,7 @@ class Trainer:
         self._saved = self.history.step
         commit = {
             "schema": 1,
-            "fingerprint": self.config.fingerprint(),
+            "fingerprint": self.config.run_fingerprint(),
             "step": self.history.step,
             "history": vars(self.history),
         }

@@ -43,7 +43,7 @@ class Design:
         options: the model of its table in the configuration.
         join: makes the owner of a session: its first words with the others.
         roles: what each party runs.
-        links: pairs of parties that talk; the first of a pair starts.
+        links: pairs of parties that talk; the first of a pair starts, and dials where the second is a service.
         data_plane: the link that carries tensors at every step, through shared memory where there is some.
         trainer: the party that runs the training engine.
         enclaves: roles that are enclaves.
@@ -54,6 +54,7 @@ class Design:
         baseline: the options of `local` that train the same layers in the clear.
         methods: what it can train: LoRA factors, the blocks' own parameters.
         services: roles that can serve many sessions as one long-running process; each makes, once, what serves a link.
+        by_session: roles that can be a service in another way: whenever the links of a session have come, ``roles`` is run.
     """
 
     name: str
@@ -72,6 +73,20 @@ class Design:
     baseline: Mapping[str, str] = field(default_factory=dict)
     methods: frozenset[str] = frozenset({"lora"})
     services: Mapping[str, Callable[[Party], Callable[[Channel], None]]] = field(default_factory=dict)
+    by_session: frozenset[str] = frozenset()
+
+    @property
+    def can_serve(self) -> tuple[str, ...]:
+        """Roles that can run as services, by name."""
+        return tuple(sorted({*self.services, *self.by_session}))
+
+    def dials(self, role: str) -> tuple[str, ...]:
+        """Whom a role links up with by itself: the first of a pair in ``links`` dials the second."""
+        return tuple(b for a, b in self.links if a == role)
+
+    def is_dialled_by(self, role: str) -> tuple[str, ...]:
+        """Who links up with a role, which listens for them."""
+        return tuple(a for a, b in self.links if b == role)
 
     @property
     def is_cut(self) -> bool:
@@ -86,6 +101,13 @@ class Design:
 SAVE = Reveal("when a checkpoint is written", "control")
 DONE = Reveal("the end of the session", "control")
 ACK = Reveal("that a request was carried out", "control")
+
+OPENED_SERVICE: Mapping[str, Reveal] = {
+    "OpenSession": Reveal("what the session is for, its number and the run's; the seed of dropout", "control"),
+    "Refused": Reveal("why a party that is a service ends the session", "control"),
+    "StopSoon": Reveal("that a party that is a service is being stopped", "control"),
+}
+"""What crosses besides between parties that run as services, under designs with an enclave."""
 
 OWNER_REVEALS: Mapping[str, Reveal] = {
     "Evidence": Reveal("what the enclave is", "public"),
@@ -184,6 +206,10 @@ ENCLAVE_SEES: Mapping[str, Reveal] = {
 """What the enclave gets under every design, beside what comes back from passes."""
 
 
+def _told(*names: str) -> dict[str, Reveal]:
+    return {name: OPENED_SERVICE[name] for name in names}
+
+
 def enclave_design(  # noqa: PLR0913 - keyword-only
     *,
     name: str,
@@ -228,14 +254,15 @@ def enclave_design(  # noqa: PLR0913 - keyword-only
         trainer="enclave",
         enclaves=frozenset({"enclave"}),
         reveals={
-            "owner": OWNER_REVEALS,
-            "provider": PROVIDER_REVEALS,
-            "enclave": {**ENCLAVE_SEES, **enclave_sees},
-            "host": {**HOST_SEES, **host_sees},
+            "owner": {**OWNER_REVEALS, **_told("Refused", "StopSoon")},
+            "provider": {**PROVIDER_REVEALS, **_told("OpenSession", "Refused")},
+            "enclave": {**ENCLAVE_SEES, **_told("OpenSession", "Refused", "StopSoon"), **enclave_sees},
+            "host": {**HOST_SEES, **_told("OpenSession"), **host_sees},
         },
         also_sees={"host": host_also_sees},
         exactness=exactness,
         is_exact=is_exact,
+        by_session=frozenset({"provider", "enclave", "host"}),
     )
 
 

@@ -35,7 +35,7 @@ from veiltune.results import (
 )
 from veiltune.session import Outcome
 from veiltune.session.party_main import design_options
-from veiltune.tee.enclave import SIMULATED
+from veiltune.tee.attestation.verdict import SIMULATED
 from veiltune.transport.transcript import Traffic
 
 RESULT = "result.json"
@@ -69,7 +69,7 @@ def result_of(
         model=config.model,
         data=DataSummary(train=config.data.train, validation=config.data.validation, **owner.get("data", {})),
         config=config.model_dump(mode="json"),
-        fingerprint=config.fingerprint(),
+        fingerprint=config.run_fingerprint(),
         versions=versions(),
         machine=machine(),
         loss=history.get("loss", []),

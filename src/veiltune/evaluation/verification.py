@@ -246,7 +246,8 @@ def baseline_of(config: Config) -> Config:
     if config.design in PRECISE_NORMS:
         plain["norms"] = "precise"
     options = {**config.design_options, "local": plain}
-    return config.model_copy(update={"design": "local", "design_options": options})
+    session = config.session.model_copy(update={"connect": {}})  # the services are the design's
+    return config.model_copy(update={"design": "local", "design_options": options, "session": session})
 
 
 def _probe(config: Config, name: str, rows: list[list[int]], on_event: OnEvent) -> tuple[dict[str, Tensor], Outcome]:

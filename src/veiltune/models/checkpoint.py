@@ -25,7 +25,7 @@ from veiltune.models.cache import cache_root, file_sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _VOLATILE_CONFIG_KEYS = {"_name_or_path", "_model_name_or_path", "transformers_version"}
@@ -70,9 +70,10 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.directory, trust_remote_code=False, local_files_only=True)
+            with self.small_files() as directory:
+                return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         except (ValueError, KeyError, OSError) as error:
-            model_type = _read_json(self.directory / "config.json", self.source).get("model_type")
+            model_type = json.loads(self.read_file("config.json")).get("model_type")
             raise ModelError(
                 f"the configuration of {self.source!r} (model_type {model_type!r}) is no use: {_first_line(error)}",
                 hint="only architectures that transformers itself ships are supported",
@@ -86,6 +87,31 @@ class Checkpoint:
             for shard in shard_paths(self.directory, self.source)
             for name, info in _read_header(shard).items()
         }
+
+    def has_file(self, name: str) -> bool:
+        """Whether the folder holds a file of that name."""
+        return (self.directory / name).is_file()
+
+    def read_file(self, name: str) -> bytes:
+        """A small file of the folder: the configuration, or one of the tokenizer's."""
+        return (self.directory / name).read_bytes()
+
+    @contextmanager
+    def small_files(self) -> Generator[Path, None, None]:
+        """A directory for a while, in which everything but the weights stands in plain files, for libraries that want some."""
+        yield self.directory
+
+    def shard_digests(self) -> list[tuple[str, str]]:
+        """Name and sha256 (hexadecimal) of each file of weights."""
+        root = cache_root(self.cache_dir)
+        return [(path.name, file_sha256(path, root)) for path in shard_paths(self.directory, self.source)]
+
+    def stored(self, name: str) -> Tensor:
+        """One tensor of :attr:`index`, as it is stored."""
+        from safetensors import safe_open
+
+        with safe_open(self.index[name].shard, framework="pt") as shard:
+            return shard.get_tensor(name)
 
     def tensor_names(self) -> list[str]:
         """Names of the stored tensors, in the order of the files."""
@@ -110,15 +136,12 @@ class Checkpoint:
         Raises:
             ModelError: the checkpoint has no tensor of that name.
         """
-        from safetensors import safe_open
-
         for name in self.index if names is None else names:
             if name not in self.index:
                 raise ModelError(
                     f"{self.source!r} has no tensor {name!r}", hint="the checkpoint is incomplete; fetch it again"
                 )
-            with safe_open(self.index[name].shard, framework="pt") as shard:
-                stored = shard.get_tensor(name)
+            stored = self.stored(name)
             wanted = self.dtype if self.dtype is not None and stored.is_floating_point() else stored.dtype
             value = stored.to(wanted, copy=True)
             del stored
@@ -130,18 +153,18 @@ class Checkpoint:
 
         It does not depend on where the folder lies nor on the `transformers` version that wrote it.
         """
-        values = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
-        root = cache_root(self.cache_dir)
+        values = json.loads(self.read_file("config.json"))
         content = {
             "config": {key: value for key, value in values.items() if key not in _VOLATILE_CONFIG_KEYS},
             "tensors": [[name, info.dtype, list(info.shape)] for name, info in self.index.items()],
-            "files": [[path.name, file_sha256(path, root)] for path in shard_paths(self.directory, self.source)],
+            "files": self.shard_digests(),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def load_tokenizer(self) -> Any:
         """The tokenizer of the folder, see `load_tokenizer`."""
-        return load_tokenizer(self.directory, self.source)
+        with self.small_files() as directory:
+            return load_tokenizer(directory, self.source)
 
     def load_plain(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory, in ``dtype`` (else :attr:`dtype`, else float32), with torch's attention kernel.
@@ -149,20 +172,10 @@ class Checkpoint:
         Raises:
             ModelError: the files do not fit the configuration.
         """
-        from transformers import AutoModelForCausalLM
-
         wanted = dtype or self.dtype or torch.float32
         try:
             with quiet_transformers():
-                model, report = AutoModelForCausalLM.from_pretrained(
-                    self.directory,
-                    dtype=wanted,
-                    attn_implementation="sdpa",
-                    trust_remote_code=False,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                )
+                model, report = self._load_whole(dtype=wanted, attn_implementation="sdpa", output_loading_info=True)
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             raise ModelError(
                 f"{self.source!r} cannot be loaded: {_first_line(error)}", hint="check its config.json"
@@ -173,6 +186,13 @@ class Checkpoint:
                 f"{self.source!r} lacks the tensor {missing[0]!r}", hint="the checkpoint is incomplete; fetch it again"
             )
         return model.eval()
+
+    def _load_whole(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """The model and `transformers`' report of what was missing."""
+        from transformers import AutoModelForCausalLM
+
+        local = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(self.directory, **local, **options)
 
 
 def load_tokenizer(directory: Path, source: str) -> Any:
@@ -230,23 +250,32 @@ def shard_paths(directory: Path, source: str) -> list[Path]:
     Raises:
         ModelError: there is none, one is missing, or the index points outside the folder.
     """
-    if (directory / _INDEX).is_file():
-        weight_map = _read_json(directory / _INDEX, source).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(
-                f"{_INDEX} of {source!r} has no weight_map", hint="the checkpoint is damaged; fetch it again"
-            )
-        names = sorted(set(map(str, weight_map.values())))
-    else:
-        names = [_SINGLE]
+    index = _read_json(directory / INDEX, source) if (directory / INDEX).is_file() else None
+    names = shard_names(index, source)
     for name in names:
-        if Path(name).name != name:
-            raise ModelError(
-                f"{_INDEX} of {source!r} points to {name!r}, outside the folder", hint="do not use this checkpoint"
-            )
         if not (directory / name).is_file():
             _refuse_without(name, directory, source)
     return [directory / name for name in names]
+
+
+def shard_names(index: dict[str, Any] | None, source: str) -> list[str]:
+    """Names of a folder's safetensors files, by what its index (`INDEX`) says, if it has one.
+
+    Raises:
+        ModelError: the index names none, or points outside the folder.
+    """
+    if index is None:
+        return [_SINGLE]
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{INDEX} of {source!r} has no weight_map", hint="the checkpoint is damaged; fetch it again")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(
+                f"{INDEX} of {source!r} points to {name!r}, outside the folder", hint="do not use this checkpoint"
+            )
+    return names
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From what a user writes to a model folder: the five forms of a model source.
+"""From what a user writes to a model folder: the six forms of a model source.
 
 ======================================  ============================================================================
 ``OWNER/NAME`` (``@REVISION``)          a model on the hub, fetched once into the hub's own cache
@@ -7,6 +7,8 @@ a path to a ``.gguf`` file              converted once to safetensors
 ``package:DIST`` (``==VERSION``,        the one GGUF file or model folder inside an installed distribution, or one in
 ``/INNER/PATH`` optional)               Veiltune's package cache; the distribution is not imported
 ``random:FAMILY[:l,h,heads,vocab]``     random weights, generated once; also ``random:PRESET`` (``gpt2-xl`` …)
+``sealed:PATH``                         a container from ``veiltune seal``, opened tensor by tensor with a key that
+                                        ``VEILTUNE_KEYS`` names
 ======================================  ============================================================================
 """
 
@@ -27,6 +29,7 @@ from veiltune.models.memory import available_memory, check_memory, estimate_memo
 from veiltune.models.packages import PackageFiles, fetch_package, find_package
 from veiltune.models.presets import random_config
 from veiltune.models.random_weights import random_checkpoint
+from veiltune.models.sealed import open_sealed_checkpoint
 
 __all__ = [
     "ACCEPTED_FORMS",
@@ -41,7 +44,8 @@ __all__ = [
 ]
 
 ACCEPTED_FORMS = (
-    "a hub id, a local directory, a GGUF file, package:DISTRIBUTION or random:FAMILY[:layers,hidden,heads,vocab]"
+    "a hub id, a local directory, a GGUF file, package:DISTRIBUTION, random:FAMILY[:layers,hidden,heads,vocab] or "
+    "sealed:PATH"
 )
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -65,8 +69,11 @@ def resolve_model(
 
     Raises:
         ModelError: the source has no known form, or what it names is absent, unreachable, damaged or unsafe.
+        CheckpointError: a sealed model does not open.
     """
     kind, _, rest = source.partition(":")
+    if kind == "sealed":
+        return open_sealed_checkpoint(source, dtype=dtype, cache_dir=cache_dir)
     if kind == "random":
         directory = random_checkpoint(rest, dtype=dtype or torch.float32, cache_dir=cache_dir)
     elif kind == "package":

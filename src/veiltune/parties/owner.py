@@ -27,6 +27,7 @@ from veiltune.models.trainable import save_layers
 from veiltune.parties.party import Party
 from veiltune.training import COMMIT, Trainer
 from veiltune.transport.messages import Goodbye, Interrupt, ModelCard, TokenizerFiles
+from veiltune.transport.session_link import SessionLink
 from veiltune.tuner import RemoteTuner, Tuner
 
 
@@ -52,9 +53,13 @@ class Owner:
         return int(getattr(self.model_config, "max_position_embeddings", None) or sys.maxsize)
 
     def interrupted(self) -> bool:
-        """Whether the supervisor asked to save and stop."""
+        """Whether the supervisor asked to save and stop, or a party that is a service and is being stopped."""
         while not self._interrupted and self.party.control.poll():
             self._interrupted = isinstance(self.party.control.recv(), Interrupt)
+        stopping = [link.peer for link in self.party.links.values() if isinstance(link, SessionLink) and link.stopping]
+        if stopping and not self._interrupted:
+            self._interrupted = True
+            self.party.report("stopping", {"peer": stopping[0]})
         return self._interrupted
 
     def tokenized(self, source: str, *, split: str) -> list[TokenizedExample]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,12 +12,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from veiltune.config import Config, Section
-from veiltune.tee.enclave import SimulatedEnclave, check_evidence
+from veiltune.peers import digest_of
+from veiltune.tee.enclave import Enclave
+from veiltune.tee.proof import Proof
+from veiltune.tee.verifier import Attested, Challenge, verify_enclave
 from veiltune.transport.channel import Channel
 from veiltune.transport.messages import Evidence, EvidenceRequest, Progress
+from veiltune.transport.secure_channel import SecureChannel
+from veiltune.transport.session_link import SessionLink
 from veiltune.transport.transcript import Meter
 
-NONCE_BYTES = 32
 Verb = Literal["tune", "generate", "evaluate", "probe", "provision"]
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,8 @@ class Job(Section):
             model reaches its places and nothing more).
         native: keep the configured dtype as it is stored, even where this machine would compute in another (``provision``).
         resume_step: the committed checkpoint to go back to first.
+        session: its number, among parties that are services; ``None`` where there are none.
+        run: the run's number there, the same when it is resumed.
         prompt: what to generate from.
         settings: `transformers`' generation arguments.
         probe: token ids and steps of a probe.
@@ -40,6 +45,8 @@ class Job(Section):
     verb: Verb
     native: bool = False
     resume_step: int | None = None
+    session: str | None = None
+    run: str | None = None
     prompt: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     probe: dict[str, Any] = Field(default_factory=dict)
@@ -89,30 +96,50 @@ class Party:
         """Tell the supervisor of progress."""
         self.control.send(Progress(event, {"role": self.role, **(fields or {})}))
 
-    def require_enclave(self, role: str = "enclave") -> None:
+    def require_enclave(self, role: str = "enclave") -> Attested:
         """Have the enclave prove what it is, before anything secret goes to it.
 
-        Raises:
-            UserError: the evidence is simulated and that was not allowed.
-            ProtocolError: the evidence does not verify.
-        """
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        self.links[role].send(EvidenceRequest(nonce))
-        evidence = self.links[role].recv_as(Evidence).evidence
-        label = check_evidence(
-            evidence,
-            nonce=nonce,
-            fingerprint=self.config.fingerprint(),
-            allow_simulated=self.config.enclave.allow_simulated,
-        )
-        self.figures["enclave"] = label
-        self.report("attested", {"enclave": label})
+        Returns:
+            What it is, and whom data keys may be wrapped for.
 
-    def prove_enclave(self, enclave: SimulatedEnclave, peers: tuple[str, ...]) -> None:
-        """The enclave's side of `require_enclave`, once for each peer."""
+        Raises:
+            ConfigError: the configuration accepts no enclave, or its policy cannot be used.
+            AttestationError: the evidence does not verify, or is not accepted.
+        """
+        link = self.links[role]
+        mine, its = _keys_of(link)
+        challenge = Challenge.fresh(self.config.fingerprint(), tls_spki_sha256=its, client_spki_sha256=mine)
+        link.send(EvidenceRequest(challenge.nonce))
+        answer = link.recv_as(Evidence)
+        attested = verify_enclave(Proof(answer.evidence, answer.runtime), challenge, self.config.enclave)
+        self.figures["enclave"] = attested.verified.label
+        self.figures["attestation"] = attested.verified.record()
+        self.report("attested", {"enclave": attested.verified.label})
+        return attested
+
+    def prove_enclave(self, enclave: Enclave, peers: tuple[str, ...]) -> dict[str, Proof]:
+        """The enclave's side of `require_enclave`, once for each peer; returns what each was shown.
+
+        Raises:
+            AttestationError: a malformed request, or the hardware did not answer.
+        """
+        proofs: dict[str, Proof] = {}
         for peer in peers:
-            request = self.links[peer].recv_as(EvidenceRequest)
-            self.links[peer].send(Evidence(enclave.evidence(request.nonce)))
+            link = self.links[peer]
+            mine, its = _keys_of(link)
+            nonce = link.recv_as(EvidenceRequest).nonce
+            proof = enclave.prove(nonce, self.config.fingerprint(), tls_spki_sha256=mine, client_spki_sha256=its)
+            link.send(Evidence(proof.evidence, proof.runtime))
+            proofs[peer] = proof
+        return proofs
+
+
+def _keys_of(link: Channel) -> tuple[bytes, bytes]:
+    """SHA-256 of this end's public key in a channel, and of the other's; empty where it has no keys."""
+    wire = link.wire if isinstance(link, SessionLink) else link
+    if not isinstance(wire, SecureChannel):
+        return b"", b""
+    return digest_of(wire.own_pin), digest_of(wire.peer_pin)
 
 
 def peak_rss_bytes() -> int:

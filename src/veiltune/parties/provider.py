@@ -132,7 +132,7 @@ def provide(party: Party, trainer: str, *, attested: bool) -> None:
 
 def model_card(checkpoint: Checkpoint, *, probe: bool = False) -> ModelCard:
     """What the provider makes public. For a probe dropouts are 0: two designs draw different ones, so a comparison has none."""
-    values: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads(checkpoint.read_file("config.json"))
     if probe:
         values.update({name: 0.0 for name, value in values.items() if _DROPOUT.search(name) and value})
     return ModelCard(values, checkpoint.fingerprint, checkpoint.num_parameters)
@@ -141,9 +141,9 @@ def model_card(checkpoint: Checkpoint, *, probe: bool = False) -> ModelCard:
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The tokenizer's files as bytes, by name."""
     return {
-        name: torch.frombuffer(bytearray((checkpoint.directory / name).read_bytes()), dtype=torch.uint8)
+        name: torch.frombuffer(bytearray(checkpoint.read_file(name)), dtype=torch.uint8)
         for name in TOKENIZER_FILES
-        if (checkpoint.directory / name).is_file()
+        if checkpoint.has_file(name)
     }
 
 

@@ -16,9 +16,11 @@ from typing import Any
 from veiltune.config import Config
 from veiltune.designs import DESIGNS, Design
 from veiltune.parties.party import Job, Party
+from veiltune.session.dialling import dial, local_roles
+from veiltune.session.opening import numbered
 from veiltune.session.party_main import design_options, run_party
-from veiltune.session.service import dial
-from veiltune.transport.channel import Channel, ChannelOptions, memory_pair
+from veiltune.session.wiring import channel_options, observers_of, party_directory
+from veiltune.transport.channel import Channel, memory_pair
 from veiltune.transport.shared_memory import DEFAULT_ARENA_BYTES, SharedMemoryChannel, open_link
 from veiltune.transport.stream import SocketChannel, accept, connect, listen_loopback, token_handshake
 from veiltune.transport.transcript import Meter, Transcript
@@ -35,27 +37,6 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # huge pages where the system gives them on request
 }
-
-
-def channel_options(design: Design, me: str, peer: str, observers: tuple[Any, ...]) -> ChannelOptions:
-    """Guards of one end of a link: only what the receiver's ``reveals`` lists may cross."""
-    return ChannelOptions(may_send=design.may_receive(peer), may_receive=design.may_receive(me), observers=observers)
-
-
-def party_directory(config: Config, role: str) -> Path:
-    """Where a party keeps its own state."""
-    return Path(config.output) / "parties" / role
-
-
-def observers_of(config: Config, role: str) -> tuple[Meter, Transcript | None]:
-    """The meter of a party, and its transcript if one was asked for."""
-    if role not in config.session.record:
-        return Meter(role), None
-    directory = Path(config.output) / "transcript"
-    directory.mkdir(parents=True, exist_ok=True)
-    count = len(list(directory.glob(f"{role}*.vtt")))
-    name = f"{role}.vtt" if count == 0 else f"{role}.{count}.vtt"
-    return Meter(role), Transcript(directory / name, role, fingerprint=config.fingerprint())
 
 
 @dataclass
@@ -151,11 +132,12 @@ def start_processes(config: Config, job: Job, *, here: str | None = None) -> tup
     With ``here``, that role is not started but returned, for the caller to be it.
     """
     design = DESIGNS[config.design]
-    wires: dict[str, list[dict[str, Any]]] = {role: [] for role in design.roles}
+    local = local_roles(config, design)
+    job = numbered(config, job)
+    wires: dict[str, list[dict[str, Any]]] = {role: [] for role in local}
     for a, b in design.links:
         for me, peer, wire in _wire(config, design, a, b):
             wires[me].append({"peer": peer, **wire})
-    local = [role for role in design.roles if role not in config.session.connect]
     started: list[Running] = []
     mine: Party | None = None
     (Path(config.output) / "log").mkdir(parents=True, exist_ok=True)
@@ -172,11 +154,11 @@ def start_processes(config: Config, job: Job, *, here: str | None = None) -> tup
 
 
 def _wire(config: Config, design: Design, a: str, b: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Both ends of a link: (me, peer, descriptors); one end alone where the other party is a service."""
-    services = config.session.connect
-    if a in services or b in services:
-        me, peer = (b, a) if a in services else (a, b)
-        yield me, peer, {"kind": "service", "fds": []}
+    """Both ends of a link: (me, peer, descriptors); one end alone where the other is a service, none where both are."""
+    local = local_roles(config, design)
+    if a not in local or b not in local:
+        if a in local:
+            yield a, b, {"kind": "service", "fds": []}
         return
     if config.session.link == "shared_memory" and (a, b) == design.data_plane:
         ends = open_link(DEFAULT_ARENA_BYTES)

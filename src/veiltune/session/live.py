@@ -12,6 +12,7 @@ from veiltune.errors import PeerLostError, ProtocolError
 from veiltune.parties.owner import Owner
 from veiltune.parties.party import Job
 from veiltune.session.launch import start_processes
+from veiltune.session.opening import link_up
 from veiltune.session.run import GRACE_SECONDS, prepare_output
 from veiltune.transport.channel import Channel
 
@@ -32,7 +33,7 @@ def live_owner(config: Config, *, overwrite: bool = False) -> Generator[Owner]:
     for running in started:
         threading.Thread(target=_drain, args=(running.control,), daemon=True).start()
     try:
-        party.dial_services()
+        link_up(party)
         owner = design.join(party)
         yield owner
         owner.leave()

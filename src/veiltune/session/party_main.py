@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from veiltune.designs import DESIGNS, Design
 from veiltune.errors import PeerLostError, ProtocolError, VeiltuneError
 from veiltune.parties.party import Party, peak_rss_bytes
+from veiltune.session.opening import link_up
 from veiltune.transport.messages import Message, PartyDone, PartyFailed
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def run_party(party: Party) -> None:
     design = DESIGNS[party.config.design]
     ending: Message
     try:
-        party.dial_services()
+        link_up(party)
         design.roles[party.role](party)
         ending = PartyDone({**party.figures, "traffic": party.meter.snapshot(), "peak_rss": peak_rss_bytes()})
     except VeiltuneError as error:

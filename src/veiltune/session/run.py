@@ -17,8 +17,8 @@ from veiltune.designs import DESIGNS
 from veiltune.errors import CheckpointError, ConfigError, PeerLostError, ProtocolError, VeiltuneError, nearest
 from veiltune.parties.party import Job
 from veiltune.results import write_json
+from veiltune.session.dialling import check_connect
 from veiltune.session.launch import Running, start_processes, start_threads
-from veiltune.session.service import check_connect
 from veiltune.training import COMMIT
 from veiltune.transport.messages import Interrupt, Message, PartyDone, PartyFailed, Progress
 from veiltune.transport.transcript import Traffic, merge_traffic
@@ -109,7 +109,7 @@ def _committed_step(config: Config) -> int:
         raise CheckpointError(
             f"no checkpoint to resume in {str(config.output)!r} ({type(error).__name__})", hint="start without --resume"
         ) from None
-    if fingerprint != config.fingerprint():
+    if fingerprint != config.run_fingerprint():
         raise CheckpointError(
             f"the checkpoint in {str(config.output)!r} was made with another configuration",
             hint="resume with the configuration in its config.json, or start anew with --overwrite",

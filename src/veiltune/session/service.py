@@ -1,135 +1,49 @@
 """A party as a long-running service: it listens, and serves every peer that proves itself in a session of its own.
 
-With ``identity.key`` and ``[[peers]]``, both ends prove their keys and agree on the configuration over TLS 1.3. Without,
-both hold a session token, a file that one of them makes. It authenticates the two ends of a connection and encrypts nothing,
-so a service listens on loopback unless it is told otherwise.
+Under designs that cut the model, a role's service is made once and serves owners beside one another. Under designs with an
+enclave, a session is a meeting of links (`meetings`). How peers prove themselves is `dialling`'s.
+
+*Bounds.* At most `MAX_HANDSHAKES` connections prove themselves at a time, each for `HANDSHAKE_SECONDS` at most; more are
+closed unread. So strangers cost a service a bounded number of threads and no memory.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 import socket
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from veiltune.config import Config
-from veiltune.designs import DESIGNS, Design
-from veiltune.errors import ConfigError, PeerLostError, ProtocolError, VeiltuneError, nearest
+from veiltune.designs import DESIGNS
+from veiltune.errors import ConfigError, PeerLostError, ProtocolError, VeiltuneError
 from veiltune.parties.party import Job, Party
-from veiltune.peers import require_peers
+from veiltune.session.dialling import dial, is_exposed, parse_address, party_handshake, read_token, require_dialled
+from veiltune.session.health import Health, HealthServer
+from veiltune.session.meetings import Meetings
 from veiltune.session.party_main import design_options
-from veiltune.transport.channel import Channel, ChannelOptions, memory_pair
-from veiltune.transport.identity import load_identity
+from veiltune.session.wiring import channel_options, party_directory
+from veiltune.transport.channel import Channel, memory_pair
 from veiltune.transport.messages import Progress
-from veiltune.transport.secure import SecureHandshake
+from veiltune.transport.secure import SecureSocket
 from veiltune.transport.secure_channel import open_channel
-from veiltune.transport.stream import HANDSHAKE_SECONDS, TOKEN_BYTES, Handshake, connect, shake_hands, token_handshake
+from veiltune.transport.stream import HANDSHAKE_SECONDS, NamedSocket, shake_hands
 from veiltune.transport.transcript import Meter
+
+__all__ = ["Service", "dial", "parse_address", "party_handshake", "read_token"]
 
 log = logging.getLogger(__name__)
 OnEvent = Callable[[str, dict[str, Any]], None]
+Serve = Callable[[Channel], bool | None]
 POLL_SECONDS = 0.2
+MAX_HANDSHAKES = 32
 _BACKLOG = 16
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """``HOST:PORT`` in two.
-
-    Raises:
-        ConfigError: it is not of that form.
-    """
-    host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"{text!r} is no address", hint="give HOST:PORT, for example 127.0.0.1:7431")
-    return host.strip("[]"), int(port)
-
-
-def read_token(path: Path | None, *, create: bool) -> bytes:
-    """The session token, in hexadecimal in a file; made, for its owner's eyes only, where that may be.
-
-    Raises:
-        ConfigError: no file is named, there is none, or it holds something else.
-    """
-    if path is None:
-        raise ConfigError(
-            "session.token_file is not set",
-            hint="name the file that holds the session's token; the service makes one if there is none",
-        )
-    if create and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_bytes(TOKEN_BYTES).hex() + "\n")
-    try:
-        token = bytes.fromhex(path.read_text(encoding="ascii").strip())
-    except FileNotFoundError:
-        raise ConfigError(f"no token file {str(path)!r}", hint="copy it from the service that made it") from None
-    except (OSError, ValueError):
-        token = b""
-    if len(token) != TOKEN_BYTES:
-        raise ConfigError(f"{str(path)!r} holds no session token", hint="copy it again from the service that made it")
-    return token
-
-
-def party_handshake(config: Config, me: str, peer: str, *, listening: bool) -> Handshake:
-    """How two parties prove themselves: by their keys over TLS if ``identity.key`` is set, by the session's token if not.
-
-    Raises:
-        ConfigError: the key or the token is wrong, or ``[[peers]]`` has no key for the peer or another one for this party.
-    """
-    if config.identity.key is None:
-        return token_handshake(read_token(config.session.token_file, create=listening), listening=listening)
-    identity = load_identity(config.identity.key)
-    if identity.role != me:
-        raise ConfigError(
-            f"identity.key {str(config.identity.key)!r} is the {identity.role}'s, and this is the {me}",
-            hint=f"name the key of the {me}; `veiltune keygen {me}` makes one",
-        )
-    require_peers(config.peers, me, identity.pin, peer)
-    accepts, fingerprint = frozenset({peer}), config.fingerprint()
-    return SecureHandshake(
-        identity=identity, peers=config.peers, accepts=accepts, fingerprint=fingerprint, listening=listening
-    )
-
-
-def dial(config: Config, peer: str, options: ChannelOptions, *, me: str) -> Channel:
-    """A link to a party that runs as a service, waiting for it as long as ``session.retry_seconds``.
-
-    Raises:
-        ConfigError: the address, the key or the token is wrong.
-        PeerLostError: nobody is there.
-        ProtocolError: whoever is there has another key, configuration or token.
-    """
-    host, port = parse_address(config.session.connect[peer])
-    handshake = party_handshake(config, me, peer, listening=False)
-    try:
-        sock = connect(host, port, handshake, config.session.retry_seconds)
-    except PeerLostError as error:
-        raise PeerLostError(
-            f"the {peer} is not to be reached: {error.message}",
-            hint=f"start it (`veiltune party {peer} CONFIG`), then go on with --resume",
-        ) from None
-    return open_channel(sock, me, peer, **options)
-
-
-def check_connect(config: Config, design: Design) -> None:
-    """Refuse a role in ``session.connect`` that is none, or that cannot be a service.
-
-    Raises:
-        ConfigError: names the role.
-    """
-    for role, address in config.session.connect.items():
-        if role not in design.services:
-            known = ", ".join(design.services) or "none"
-            raise ConfigError(
-                f"session.connect: {design.name} has no {role!r} that runs as a service (it has: {known})",
-                hint=nearest(role, design.services) if design.services else "leave session.connect out",
-            )
-        parse_address(address)
+_GUARDS = {
+    "keys": "TLS, for the keys in [[peers]]",
+    "token": "the session token is the only thing that guards it",
+    "exposed": "WARNING: reachable from other machines, NOTHING IS ENCRYPTED, the session token is all that guards it",
+}
 
 
 class Service:
@@ -142,27 +56,49 @@ class Service:
         on_event: told of progress, of sessions and of refusals.
 
     Raises:
-        ConfigError: the role cannot be a service, or the token file is wrong.
+        ConfigError: the role cannot be a service, a key, token or address is wrong, or it would listen beyond this machine
+            with nothing but a token.
     """
 
     def __init__(self, config: Config, role: str, address: tuple[str, int], on_event: OnEvent) -> None:
         design = DESIGNS[config.design]
-        if role not in design.services:
+        if role not in design.can_serve:
             raise ConfigError(
                 f"{design.name} has no {role!r} that runs as a service",
-                hint=f"it has: {', '.join(design.services) or 'none'}",
+                hint=f"it has: {', '.join(design.can_serve) or 'none'}",
             )
         self.config = config
         self.role = role
         self.design = design
-        self.on_event = on_event
-        self._handshake = party_handshake(config, role, "owner", listening=True)
+        self.meter = Meter(role)
+        self.health = Health(role, design.name, self.meter)
+        self._tell = on_event
+        self._comers = design.is_dialled_by(role)
+        exposed = is_exposed(config, address[0])
+        self._guarded_by = _GUARDS["keys" if config.identity.key else "exposed" if exposed else "token"]
+        self._handshake = party_handshake(config, role, self._comers, listening=True)
+        require_dialled(config, design, role)
+        self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
         self._stopping = threading.Event()
         self._links: set[Channel] = set()
         self._guard = threading.Lock()
+        self._meetings: Meetings | None = None
+        if role in design.by_session:
+            self._meetings = Meetings(config, role, design, self.meter, self._control)
         self._listener = self._bind(address)
+        try:
+            where = config.session.health
+            self._health_server = None if where is None else HealthServer(self.health, where)
+        except ConfigError:
+            self._listener.close()
+            raise
         host, port = self._listener.getsockname()[:2]
         self.address = f"{host}:{port}"
+
+    def on_event(self, event: str, fields: dict[str, Any]) -> None:
+        """Count an event, and pass it on."""
+        self.health.count(event)
+        self._tell(event, fields)
 
     def _bind(self, address: tuple[str, int]) -> socket.socket:
         """Take the address now; whoever comes before `run` listens is turned away, and tries again."""
@@ -179,46 +115,72 @@ class Service:
         return sock
 
     def run(self) -> None:
-        """Load, then serve until `stop`.
+        """Load, then serve until `stop`; then let an open session save, for at most ``session.stop_seconds``.
 
         Raises:
             VeiltuneError: what the role cannot start for.
         """
+        if self._health_server is not None:
+            self._health_server.start()
         try:
-            serve = self.design.services[self.role](self._party())
+            serve: Serve = (
+                self.design.services[self.role](self._party()) if self._meetings is None else self._meetings.serve
+            )
             self._listener.listen(_BACKLOG)
-            by_key = self.config.identity.key is not None
-            guard = "TLS, for the keys in [[peers]]" if by_key else "the session token is the only thing that guards it"
-            self.on_event("listening", {"address": self.address, "guard": guard})
-            self._listener.settimeout(POLL_SECONDS)
-            while not self._stopping.is_set():
-                try:
-                    sock, _ = self._listener.accept()
-                except TimeoutError:
-                    continue
-                threading.Thread(target=self._session, args=(sock, serve), daemon=True).start()
+            where = {} if self._health_server is None else {"health": self._health_server.address}
+            self.on_event("listening", {"address": self.address, "guard": self._guarded_by, **where})
+            self.health.is_ready = True
+            self._accept(serve)
         finally:
+            self.health.is_ready = False
             self._stopping.set()
             self._listener.close()
+            if self._meetings is not None:
+                self._meetings.stop(self.config.session.stop_seconds)
             with self._guard:
                 links = list(self._links)
             for link in links:
                 link.close()
+            if self._health_server is not None:
+                self._health_server.stop()
 
     def stop(self) -> None:
         """Take no more sessions, and end those that are open."""
         self._stopping.set()
 
-    def _session(self, sock: socket.socket, serve: Callable[[Channel], None]) -> None:
+    def _accept(self, serve: Serve) -> None:
+        self._listener.settimeout(POLL_SECONDS)
+        while not self._stopping.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            if not self._handshakes.acquire(blocking=False):
+                sock.close()
+                self.on_event("turned_away", {"why": f"{MAX_HANDSHAKES} connections are proving themselves already"})
+                continue
+            threading.Thread(target=self._session, args=(sock, serve), daemon=True).start()
+
+    def _prove(self, sock: socket.socket) -> socket.socket | None:
         try:
-            sock = shake_hands(sock, self._handshake, HANDSHAKE_SECONDS)
+            return shake_hands(sock, self._handshake, HANDSHAKE_SECONDS)
         except ProtocolError as error:
             without = self.config.identity.key is None
             self.on_event("turned_away", {"why": "it does not hold this session's token" if without else error.message})
+            return None
+        finally:
+            self._handshakes.release()
+
+    def _session(self, sock: socket.socket, serve: Serve) -> None:
+        proven = self._prove(sock)
+        if proven is None:
             return
-        received = self.design.may_receive
-        options = ChannelOptions(may_send=received("owner"), may_receive=received(self.role))
-        link = open_channel(sock, self.role, "owner", **options)
+        peer = self._comers[0]
+        if isinstance(proven, SecureSocket):
+            peer = proven.peer.role
+        elif isinstance(proven, NamedSocket):
+            peer = proven.role
+        link = open_channel(proven, self.role, peer, **channel_options(self.design, self.role, peer, (self.meter,)))
         with self._guard:
             self._links.add(link)
             if (
@@ -226,10 +188,11 @@ class Service:
             ):  # it came as the service ended, which has closed its links or will not see this one
                 link.close()
         try:
-            serve(link)
-            self.on_event("session_ended", {})
-        except PeerLostError:
-            self.on_event("owner_gone", {})
+            with self.health.session():
+                if serve(link) is not False:
+                    self.on_event("session_ended", {})
+        except PeerLostError as error:
+            self.on_event("owner_gone", {"why": error.message})
         except VeiltuneError as error:
             self.on_event("refused", {"why": error.message})
         except Exception as error:
@@ -242,18 +205,23 @@ class Service:
 
     def _party(self) -> Party:
         """This role, with nobody linked yet; what it reports goes to ``on_event``."""
-        mine, theirs = memory_pair("supervisor", self.role)
-        threading.Thread(target=self._forward, args=(mine,), daemon=True).start()
-        directory = Path(self.config.output) / "parties" / self.role
+        directory = party_directory(self.config, self.role)
         directory.mkdir(parents=True, exist_ok=True)
         options = design_options(self.design, self.config.design_options)
-        return Party(self.role, self.config, options, Job(verb="tune"), {}, theirs, Meter(self.role), directory)
+        return Party(self.role, self.config, options, Job(verb="tune"), {}, self._control(), self.meter, directory)
+
+    def _control(self) -> Channel:
+        """A party's link to its supervisor, which is this service."""
+        mine, theirs = memory_pair("supervisor", self.role)
+        threading.Thread(target=self._forward, args=(mine,), daemon=True).start()
+        return theirs
 
     def _forward(self, control: Channel) -> None:
         try:
             while True:
                 message = control.recv()
-                if isinstance(message, Progress):
+                # An engine that is ready is a session's business; a trunk that is ready is the service's.
+                if isinstance(message, Progress) and not (self._meetings is not None and message.event == "ready"):
                     self.on_event(message.event, dict(message.fields))
         except (PeerLostError, ProtocolError):
             return

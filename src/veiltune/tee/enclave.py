@@ -1,125 +1,82 @@
-"""The identity of a simulated enclave: evidence that says, signed, that it protects nothing.
+"""What an enclave has from its start to its end: the hardware that vouches for it, and the key that secrets are wrapped for.
 
-Evidence is a JSON object of strings, made for a fresh nonce and for the fingerprint of the configuration that both
-sides agreed to. Simulated evidence is a type of its own and never shaped like a hardware quote: whatever reads it as
-one fails. The signature shows that the evidence was not altered after the holder of ``public_key`` made it; who that
-is, and what it runs, it does not show. Hence clients refuse it unless told otherwise, and whoever accepts it records
-the label that :func:`check_evidence` returns in logs and results.
+Each proof is made for one request. It binds the asker's nonce, the fingerprint of the configuration, the keys of both ends
+of the channel, and the enclave's own HPKE key. That key is made at the start and never leaves memory, so what is wrapped
+for it opens nowhere else, and after a restart nowhere at all.
 
-    signature = Ed25519("veiltune/v1/simulated-evidence" + NUL + canonical JSON of every other field)
+Without trusted hardware the enclave is simulated: its evidence is of a kind of its own, and says that it protects nothing.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
-from veiltune.errors import ProtocolError, UserError
 from veiltune.secrets import Secret
+from veiltune.tee.attestation.collect import GRAMINE, TSM, collect, hardware_here
+from veiltune.tee.attestation.evidence import encode_evidence
+from veiltune.tee.attestation.runtime import RuntimeData
+from veiltune.tee.attestation.simulated import SimulatedPlatform
+from veiltune.tee.container.keys import RecipientKey
+from veiltune.tee.proof import Proof
 
-SIMULATED: Final = "simulated"
-WARNING: Final = "SIMULATED ENCLAVE: no hardware stands behind it; it protects nothing from this machine's owner"
-MIN_NONCE_BYTES: Final = 16
-_DOMAIN: Final = b"veiltune/v1/simulated-evidence\x00"
-_FIELDS: Final = frozenset({"kind", "warning", "nonce", "config_fingerprint", "public_key", "signature"})
-
-log = logging.getLogger(__name__)
+ROLE: Final = "enclave"
 
 
-class SimulatedEnclave(Secret):
-    """Stands where an enclave would stand, with a signing key made at start and kept in memory alone.
+class Enclave(Secret):
+    """An enclave that can prove itself, and open what was wrapped for it.
 
     Args:
-        fingerprint: of the job's configuration, as both sides computed it.
+        certificates: folder with AMD's certificates, for SEV-SNP hosts that provide none.
+        key: the key that data keys are wrapped for; a fresh one if ``None``.
+        gramine: see `attestation.collect`.
+        tsm: see there.
     """
 
-    def __init__(self, fingerprint: str) -> None:
-        self.fingerprint: Final = fingerprint
-        self._signing_key: Final = Ed25519PrivateKey.generate()
-        log.warning(WARNING)
+    def __init__(
+        self,
+        *,
+        certificates: Path | None = None,
+        key: RecipientKey | None = None,
+        gramine: Path = GRAMINE,
+        tsm: Path = TSM,
+    ) -> None:
+        self._certificates = certificates
+        self._gramine, self._tsm = gramine, tsm
+        self._key = RecipientKey(ROLE) if key is None else key
+        self._simulated = None if hardware_here(gramine=gramine, tsm=tsm) else SimulatedPlatform()
 
     @property
-    def label(self) -> str:
-        """What logs and results call this enclave."""
-        return SIMULATED
+    def is_simulated(self) -> bool:
+        """No hardware stands behind it."""
+        return self._simulated is not None
 
-    def evidence(self, nonce: bytes) -> dict[str, str]:
-        """Signed evidence for the client's ``nonce``, ready for JSON.
+    def prove(
+        self, nonce: bytes, config_fingerprint: str, *, tls_spki_sha256: bytes = b"", client_spki_sha256: bytes = b""
+    ) -> Proof:
+        """Fresh evidence for one request.
+
+        Args:
+            nonce: 32 bytes that the asker drew.
+            config_fingerprint: of the enclave's own configuration, 64 hexadecimal digits.
+            tls_spki_sha256: of the enclave's key in the channel to the asker; empty where the channel has none.
+            client_spki_sha256: of the asker's key in that channel.
 
         Raises:
-            ProtocolError: a nonce of fewer than 16 bytes.
+            AttestationError: a nonce of another length, or the hardware did not answer.
         """
-        if len(nonce) < MIN_NONCE_BYTES:
-            raise ProtocolError(
-                f"a nonce of {len(nonce)} bytes", hint=f"send {MIN_NONCE_BYTES} bytes or more, drawn for this request"
-            )
-        claims = {
-            "kind": SIMULATED,
-            "warning": WARNING,
-            "nonce": nonce.hex(),
-            "config_fingerprint": self.fingerprint,
-            "public_key": self._signing_key.public_key().public_bytes_raw().hex(),
-        }
-        return {**claims, "signature": self._signing_key.sign(_to_be_signed(claims)).hex()}
+        public_key = self._key.recipient.public_key
+        runtime = RuntimeData(tls_spki_sha256, public_key, nonce, config_fingerprint, client_spki_sha256)
+        report_data = runtime.report_data()
+        if self._simulated is not None:
+            evidence = self._simulated.evidence(report_data)
+        else:
+            evidence = collect(report_data, gramine=self._gramine, tsm=self._tsm, certificates=self._certificates)
+        return Proof(encode_evidence(evidence), runtime.encode())
+
+    def key_for(self, proof: Proof) -> RecipientKey:
+        """The key that opens what was wrapped for whom ``proof`` convinced."""
+        return self._key.bound_to(proof.runtime_sha256)
 
     def _describe(self) -> str:
-        return "SimulatedEnclave (signing key)"
-
-
-def check_evidence(evidence: Mapping[str, object], *, nonce: bytes, fingerprint: str, allow_simulated: bool) -> str:
-    """Verify an enclave's evidence, or raise; returns the label to record (``"simulated"``).
-
-    Args:
-        evidence: what the enclave sent.
-        nonce: what this client drew for this request.
-        fingerprint: of the configuration that this client agreed to.
-        allow_simulated: whether this client was told to accept an enclave that protects nothing.
-
-    Raises:
-        UserError: the evidence is simulated and that was not allowed.
-        ProtocolError: unknown or malformed evidence, a bad signature, another nonce or another configuration.
-    """
-    kind = evidence.get("kind")
-    if kind != SIMULATED:
-        raise ProtocolError(f"unknown kind of enclave evidence: {kind!r}", hint=f"known here: {SIMULATED!r}")
-    if not allow_simulated:
-        raise UserError(
-            "the enclave is simulated, so it protects nothing from the host",
-            hint="set enclave.allow_simulated = true to go on all the same (for tests and demonstrations)",
-        )
-    claims = {name: value for name, value in evidence.items() if isinstance(value, str)}
-    if claims.keys() != _FIELDS or len(claims) != len(evidence):
-        found = ", ".join(sorted(map(str, evidence)))
-        raise ProtocolError(f"malformed enclave evidence: fields {found}", hint="both sides need the same version")
-    _check_signature(claims)
-    if claims["warning"] != WARNING:
-        raise ProtocolError("simulated evidence without its warning", hint="both sides need the same version")
-    if claims["nonce"] != nonce.hex():
-        raise ProtocolError("the enclave's evidence is not for our nonce", hint="it may be a replay: ask it again")
-    if claims["config_fingerprint"] != fingerprint:
-        raise ProtocolError(
-            f"the enclave runs the configuration {claims['config_fingerprint']}, we agreed to {fingerprint}",
-            hint="start every party with the same configuration",
-        )
-    log.warning(WARNING)
-    return SIMULATED
-
-
-def _check_signature(claims: Mapping[str, str]) -> None:
-    unsigned = {name: value for name, value in claims.items() if name != "signature"}
-    try:
-        public_key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(claims["public_key"]))
-        public_key.verify(bytes.fromhex(claims["signature"]), _to_be_signed(unsigned))
-    except (ValueError, InvalidSignature):
-        raise ProtocolError(
-            "the signature of the enclave's evidence does not verify", hint="it was altered on the way: ask it again"
-        ) from None
-
-
-def _to_be_signed(claims: Mapping[str, str]) -> bytes:
-    return _DOMAIN + json.dumps(claims, sort_keys=True, separators=(",", ":")).encode()
+        return f"Enclave {'simulated' if self.is_simulated else 'in hardware'}"

@@ -13,7 +13,10 @@ from typing import Final
 from veiltune.errors import ProtocolError
 
 IN_THE_MIDDLE: Final = "somebody may stand between the parties: compare the keys by another way than this network"
-SAME_CONFIG: Final = "compare them: all but output, device, provider, session and identity must agree"
+SAME_CONFIG: Final = (
+    "all parties of a session need these alike: design and its options, model, dtype, cut, lora, train.method, "
+    "train.optimizer, train.weight_decay, enclave.allow_simulated, peers"
+)
 SAME_VERSION: Final = "run the same version of Veiltune at both ends"
 
 

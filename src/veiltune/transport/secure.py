@@ -73,9 +73,11 @@ class SecureSocket(ssl.SSLSocket):
 
     Attributes:
         peer: who proved to be there. Not set before the whole handshake has passed.
+        own_pin: the key of this end.
     """
 
     peer: Verified
+    own_pin: str
 
 
 def _utc_now() -> datetime:
@@ -124,7 +126,7 @@ class SecureHandshake:
         tls = self._encrypt(sock, der, deadline)
         with _closing_on_failure(tls):
             role = (self._answer if self.listening else self._greet)(tls, roles, deadline)
-        tls.peer = Verified(role, pin)
+        tls.peer, tls.own_pin = Verified(role, pin), self.identity.pin
         return tls
 
     # --- in the clear: who each end says it is ------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class SecureChannel(SocketChannel):
         if sock.peer.role != peer:
             raise ProtocolError(f"the {sock.peer.role} is at the other end of a link that was to be the {peer}'s")
         super().__init__(sock, me, peer, **options)
-        self.peer_pin = sock.peer.pin
+        self.peer_pin, self.own_pin = sock.peer.pin, sock.own_pin
         self._tls = sock
         self._guard = threading.Lock()
         self._ahead = memoryview(b"")  # decrypted, and not asked for yet

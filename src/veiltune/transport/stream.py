@@ -8,7 +8,8 @@ import secrets
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from typing import Unpack
 
 from veiltune.errors import PeerLostError, ProtocolError
@@ -21,6 +22,7 @@ HANDSHAKE_SECONDS = 10.0
 _MAX_PIECES = 512  # the operating system takes at most IOV_MAX (1024 on Linux) pieces a call
 _SOCKET_BUFFER_BYTES = 4 << 20
 _LONGEST_PAUSE_SECONDS = 2.0
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 4}  # so after 140 s
 
 Handshake = Callable[[socket.socket], socket.socket | None]
 """Proves both ends to one another on a fresh connection, or raises `ProtocolError`. It may take as long as the socket's
@@ -61,6 +63,11 @@ class SocketChannel(Channel):
         if not self._closed:
             self._closed = True
             self._sock.close()
+
+    def abort(self) -> None:
+        """Have whoever waits at either end find the link lost. From any thread; closing alone wakes nobody here."""
+        with suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # the connection's own, beneath TLS
 
     def _send_frame(self, frame: Frame) -> None:
         self._send_pieces((memoryview(frame.head), *frame.segments))
@@ -172,16 +179,30 @@ def connect(host: str, port: int, handshake: Handshake, timeout: float = 60.0) -
         ) from error
 
 
-def token_handshake(token: bytes, *, listening: bool) -> Handshake:
+class NamedSocket(socket.socket):
+    """A connection whose other end said, under the session's token, which party it is.
+
+    Attributes:
+        role: the party.
+    """
+
+    role: str
+
+
+def token_handshake(token: bytes, *, listening: bool, names: Collection[str] = ()) -> Handshake:
     """A handshake in which both ends prove that they hold a session's token, and neither shows it.
 
     Each sends 32 random bytes; then the connecting end, and only if that is right the listening end, sends
-    HMAC-SHA256(token, role ‖ listener's bytes ‖ connector's bytes). The role keeps a proof from being reflected. This
+    HMAC-SHA256(token, side ‖ listener's bytes ‖ connector's bytes). The side keeps a proof from being reflected. This
     authenticates the two ends of one connection, not the frames after it: a network needs a secure channel besides.
+
+    Where several parties may come, the connecting end's proof covers its own name, and the listening end finds out which of
+    ``names`` it was: it gets a `NamedSocket`. Whoever has the token may use any name; only keys tell parties apart.
 
     Args:
         token: 32 bytes that only this session's parties know.
         listening: whether this end accepted the connection.
+        names: the connecting end's own, or those that the listening end takes; empty: there is but one party that may come.
 
     Raises:
         ValueError: the token is not 32 bytes.
@@ -189,24 +210,38 @@ def token_handshake(token: bytes, *, listening: bool) -> Handshake:
     if len(token) != TOKEN_BYTES:
         raise ValueError(f"a session token has {TOKEN_BYTES} bytes, not {len(token)}")
 
-    def prove(role: bytes, nonces: bytes) -> bytes:
-        return hmac.digest(token, b"veiltune link 1 " + role + nonces, hashlib.sha256)
+    def prove(side: str, nonces: bytes) -> bytes:
+        return hmac.digest(token, f"veiltune link 1 {side}".encode() + nonces, hashlib.sha256)
 
-    def handshake(sock: socket.socket) -> None:
+    sides = [f"connect {name} " for name in names] or ["connect"]
+
+    def handshake(sock: socket.socket) -> socket.socket | None:
         deadline = handshake_deadline(sock)
         mine = secrets.token_bytes(TOKEN_BYTES)
         sock.sendall(mine)
         theirs = read_exactly(sock, TOKEN_BYTES, deadline)
         nonces = mine + theirs if listening else theirs + mine
         if not listening:
-            sock.sendall(prove(b"connect", nonces))
-        expected = prove(b"connect" if listening else b"listen", nonces)
-        if not hmac.compare_digest(read_exactly(sock, TOKEN_BYTES, deadline), expected):
+            sock.sendall(prove(sides[0], nonces))
+        proof = read_exactly(sock, TOKEN_BYTES, deadline)
+        wanted = [prove(side, nonces) for side in sides] if listening else [prove("listen", nonces)]
+        right = [hmac.compare_digest(proof, each) for each in wanted]
+        if not any(right):
             raise ProtocolError("the peer does not hold this session's token")
-        if listening:
-            sock.sendall(prove(b"listen", nonces))
+        if not listening:
+            return None
+        sock.sendall(prove("listen", nonces))
+        return _named(sock, list(names)[right.index(True)]) if names else None
 
     return handshake
+
+
+def _named(sock: socket.socket, role: str) -> NamedSocket:
+    seconds = sock.gettimeout()
+    named = NamedSocket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+    named.settimeout(seconds)
+    named.role = role
+    return named
 
 
 def shake_hands(sock: socket.socket, handshake: Handshake, seconds: float) -> socket.socket:
@@ -229,10 +264,17 @@ def shake_hands(sock: socket.socket, handshake: Handshake, seconds: float) -> so
 
 
 def _send_at_once(sock: socket.socket) -> bool:
-    """Let no small write wait for the answer to the one before it; false if it is no TCP socket, where none does."""
+    """Let no small write wait for the answer to the one before it, and notice a peer that is silent for good.
+
+    False if it is no TCP socket, where no write waits and no peer can vanish.
+    """
     is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
     if is_tcp:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that vanished says no farewell
+        for option, seconds in _KEEP_ALIVE.items():
+            if hasattr(socket, option):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
     return is_tcp
 
 

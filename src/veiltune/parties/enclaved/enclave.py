@@ -19,7 +19,7 @@ from veiltune.parties.enclaved.backend import HostPort
 from veiltune.parties.enclaved.state import WeightsStore
 from veiltune.parties.party import Party
 from veiltune.secrets import MasterSecret
-from veiltune.tee.enclave import SimulatedEnclave
+from veiltune.tee.enclave import Enclave
 from veiltune.tee.sealing import SealingKey
 from veiltune.transport.messages import Acknowledged, Goodbye, ModelCard, TrunkPlan, TrunkShard, WeightShard
 
@@ -122,7 +122,7 @@ class EnclaveSession(ABC):
 
 def run_enclave(party: Party, session: Callable[[Party, ModelCard], EnclaveSession]) -> None:
     """The enclave: prove, take the model, divide it, serve the owner."""
-    party.prove_enclave(SimulatedEnclave(party.config.fingerprint()), ("provider", "owner"))
+    party.prove_enclave(Enclave(certificates=party.config.enclave.certificates), ("provider", "owner"))
     enclave = session(party, party.links["provider"].recv_as(ModelCard))
     enclave.provision()
     enclave.serve()

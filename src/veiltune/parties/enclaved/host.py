@@ -107,6 +107,9 @@ class HostSession:
     def after_step(self) -> None:
         """What a design does to the factors once a step was taken here; nothing by default."""
 
+    def close(self) -> None:
+        """The session is over, well or not; nothing by default."""
+
     def _shard(self, message: TrunkShard) -> Message:
         self.trunk.load(message.tensors)
         return Acknowledged()
@@ -151,8 +154,11 @@ def run_host(party: Party, session: Callable[[Party, TrunkPlan], HostSession]) -
     """The host: whatever the enclave asks, on numbers it cannot read, until it says goodbye."""
     enclave = party.links["enclave"]
     host = session(party, enclave.recv_as(TrunkPlan))
-    enclave.send(Acknowledged())
-    while not isinstance(message := enclave.recv(), Goodbye):
-        answer = host.handle(message)
-        if answer is not None:
-            enclave.send(answer)
+    try:
+        enclave.send(Acknowledged())
+        while not isinstance(message := enclave.recv(), Goodbye):
+            answer = host.handle(message)
+            if answer is not None:
+                enclave.send(answer)
+    finally:
+        host.close()

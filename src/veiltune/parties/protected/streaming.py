@@ -163,7 +163,7 @@ def _begin(checkpoint: Checkpoint, plan: Plan, directory: Path, key_path: Path) 
 
     The key is written first: a manifest without a key could not be gone on with.
     """
-    config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(checkpoint.read_file("config.json"))
     fresh = Manifest(
         design=plan.design,
         options=plan.options,

@@ -73,6 +73,11 @@ def collect(
     )
 
 
+def hardware_here(*, gramine: Path = GRAMINE, tsm: Path = TSM) -> bool:
+    """Whether this process has trusted hardware to ask; that it answers is for `collect` to see."""
+    return (gramine / "quote").exists() or tsm.is_dir()
+
+
 def certificate_table(blob: bytes) -> Chain | None:
     """The chain in the table of certificates that a host provides; None where it lacks one of the three.
 

@@ -28,9 +28,8 @@ from veiltune.tee.attestation.simulated import (
 )
 from veiltune.tee.attestation.snp import REPORT_BYTES, SnpEvidence, verify_snp
 from veiltune.tee.attestation.snp_certificates import MAX_CERTIFICATE_BYTES, Chain
-from veiltune.tee.attestation.verdict import Verified
+from veiltune.tee.attestation.verdict import SIMULATED, Verified
 from veiltune.tee.attestation.wire import Fields, canonical, from_base64, parse, require_fields, to_base64
-from veiltune.tee.enclave import SIMULATED
 
 Evidence = QuoteEvidence | SnpEvidence | SimulatedEvidence
 T = TypeVar("T")
@@ -137,7 +136,9 @@ def verify_evidence(
 def _first_accepted(tee: str, tables: tuple[T, ...], verify: Callable[[T], Verified]) -> Verified:
     """What the first table that accepts says; every refusal, if none does."""
     if not tables:
-        raise AttestationError(f"the policy accepts nothing of {tee}", hint=f"add a table [[{tee}]] to the policy")
+        raise AttestationError(
+            f"the policy accepts nothing of {tee}", hint=f"add a table [[{tee}]] to the policy, if that is meant"
+        )
     refusals: list[AttestationError] = []
     for terms in tables:
         try:

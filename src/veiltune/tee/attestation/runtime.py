@@ -14,15 +14,14 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
 from veiltune.errors import AttestationError
 from veiltune.tee.attestation.wire import canonical, from_base64, parse, require_fields, to_base64
 
 VERSION: Final = 1
 NONCE_BYTES: Final = 32
 DIGEST_BYTES: Final = 32
+NO_CONFIG: Final = "0" * 64
+"""The fingerprint in evidence that is for no run."""
 REPORT_DATA_BYTES: Final = 64
 MAX_HPKE_KEY_BYTES: Final = 2048  # X25519 has 32, X-Wing 1216
 MAX_RUNTIME_BYTES: Final = 8192
@@ -38,11 +37,12 @@ class RuntimeData:
     """What evidence speaks for.
 
     Attributes:
-        tls_spki_sha256: SHA-256 of the SubjectPublicKeyInfo of the enclave's TLS certificate.
+        tls_spki_sha256: SHA-256 of the SubjectPublicKeyInfo of the enclave's TLS certificate; empty where no TLS is between,
+            and in evidence that is kept in a file.
         hpke_key: the enclave's public key that data keys are wrapped for.
         nonce: 32 bytes that the client drew for this request.
         config_fingerprint: SHA-256 (hex) of the configuration, as `Config.fingerprint` gives it.
-        client_spki_sha256: of the client's certificate, in evidence that is asked for inside the channel; else empty.
+        client_spki_sha256: of the client's certificate, where the channel has keys; else empty.
 
     Raises:
         AttestationError: a field of another length or form.
@@ -56,7 +56,7 @@ class RuntimeData:
 
     def __post_init__(self) -> None:
         lengths = {
-            "tls_spki_sha256": (len(self.tls_spki_sha256), {DIGEST_BYTES}),
+            "tls_spki_sha256": (len(self.tls_spki_sha256), {0, DIGEST_BYTES}),
             "client_spki_sha256": (len(self.client_spki_sha256), {0, DIGEST_BYTES}),
             "nonce": (len(self.nonce), {NONCE_BYTES}),
             "hpke_key": (len(self.hpke_key), range(32, MAX_HPKE_KEY_BYTES + 1)),
@@ -133,9 +133,3 @@ class RuntimeData:
                 f"the enclave runs the configuration {self.config_fingerprint}, we agreed to {config_fingerprint}",
                 hint="start every party with the same configuration",
             )
-
-
-def spki_sha256(certificate: x509.Certificate) -> bytes:
-    """SHA-256 of the certificate's SubjectPublicKeyInfo (DER)."""
-    spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(spki).digest()

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from veiltune.errors import AttestationError
 from veiltune.secrets import Secret
 from veiltune.tee.attestation.runtime import REPORT_DATA_BYTES
-from veiltune.tee.attestation.verdict import Verified
-from veiltune.tee.enclave import SIMULATED, WARNING
+from veiltune.tee.attestation.verdict import SIMULATED, Verified
 
+WARNING: Final = "SIMULATED ENCLAVE: no hardware stands behind it; it protects nothing from this machine's owner"
 PUBLIC_KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
 _DOMAIN: Final = b"veiltune/v1/simulated-evidence/2\x00"
@@ -79,7 +79,8 @@ def verify_simulated(evidence: SimulatedEvidence, report_data: bytes, *, allowed
     if not allowed:
         raise AttestationError(
             "the enclave is simulated, so it protects nothing from the host",
-            hint="set allow_simulated = true in the policy to go on all the same (for tests and demonstrations)",
+            hint="to go on all the same (tests, demonstrations), set allow_simulated = true in the policy, and in a run's "
+            "configuration enclave.allow_simulated = true",
         )
     if evidence.warning != WARNING:
         raise AttestationError("simulated evidence without its warning", hint="both sides need the same version")

@@ -74,11 +74,10 @@ def verify_chain(chain: Chain, now: int, pins: Mapping[str, str] = ARK_PINS) -> 
         AttestationError: a certificate that is malformed, out of its dates, of another kind, or not signed as it should.
     """
     vcek, ask, ark = (_load(name, der) for name, der in zip(("VCEK", "ASK", "ARK"), chain, strict=True))
-    ark_spki = hashlib.sha256(_spki(ark)).hexdigest()
-    product = next((name for name, pin in pins.items() if pin == ark_spki), None)
+    product = product_of(chain, pins)
     if product is None:
         raise AttestationError(
-            f"the root key {ark_spki} is none of AMD's ({', '.join(pins)})",
+            f"the root key {hashlib.sha256(_spki(ark)).hexdigest()} is none of AMD's ({', '.join(pins)})",
             hint="evidence of this product is not accepted",
         )
     for name, certificate, issuer, common_name in (
@@ -90,6 +89,16 @@ def verify_chain(chain: Chain, now: int, pins: Mapping[str, str] = ARK_PINS) -> 
         _check_name(name, certificate, common_name)
         _check_signature(name, certificate, issuer)
     return _chip_key(vcek, product)
+
+
+def product_of(chain: Chain, pins: Mapping[str, str] = ARK_PINS) -> str | None:
+    """Whose pinned root the chain ends in, if in any; no signature of it is looked at.
+
+    Raises:
+        AttestationError: the root cannot be read.
+    """
+    found = hashlib.sha256(_spki(_load("ARK", chain.ark))).hexdigest()
+    return next((name for name, pin in pins.items() if pin == found), None)
 
 
 def _load(name: str, der: bytes) -> x509.Certificate:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from veiltune.tee.enclave import SIMULATED
+SIMULATED: Final = "simulated"
+"""The label of an enclave without hardware, wherever it is named."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ _PREFIX: Final = "x25519:"
 _ROLE: Final = re.compile("[a-z]{1,16}")
 _FIRST_LINE: Final = re.compile(rb"veiltune recipient key, role ([a-z]{1,16})\n")
 _MAX_FILE_BYTES: Final = 1 << 14
-_MAKE: Final = "make one with make_recipient_key"
+_MAKE: Final = "make one: `veiltune seal … --key ROLE.recipient.key`"
 
 
 @final
@@ -157,6 +157,20 @@ def make_recipient_key(directory: Path, role: str) -> Recipient:
     with whole_file(directory / f"{role}.recipient.toml", replace=True) as file:
         file.write(key.recipient.public_text().encode())
     return key.recipient
+
+
+def load_or_make_recipient_key(path: Path, role: str) -> RecipientKey:
+    """The private key in a file, which is made, with its public half beside it, if it is not there.
+
+    Raises:
+        ConfigError: see `load_recipient_key`; or a key that is not there has another name than ``ROLE.recipient.key``.
+        CheckpointError: the disk is full, or refuses.
+    """
+    if not path.exists():
+        if path.name != f"{role}.recipient.key":
+            raise ConfigError(f"there is no key {str(path)!r}", hint=f"one that is to be made is {role}.recipient.key")
+        make_recipient_key(path.parent, role)
+    return load_recipient_key(path)
 
 
 def load_recipient(path: Path) -> Recipient:

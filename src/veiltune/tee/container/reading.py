@@ -90,6 +90,10 @@ class Container(Secret):
         """Shape, dtype and size of every tensor, by name, in the order of the files."""
         return MappingProxyType({tensor.name: tensor for file in self._index.files for tensor in file.tensors})
 
+    def tensors_of(self, file: str) -> Mapping[str, TensorEntry]:
+        """The tensors of one file, in its order; none if it has none, or is not there."""
+        return {entry.name: entry.tensor for entry in self._entries.get(file, ()) if entry.tensor is not None}
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all that can be opened: files (for :meth:`read`), then tensors (for :meth:`tensor`)."""

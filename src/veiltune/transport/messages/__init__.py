@@ -31,6 +31,7 @@ from veiltune.transport.messages.engine import (
     StepDone,
     TrainBatch,
 )
+from veiltune.transport.messages.service import OpenSession, StopSoon
 from veiltune.transport.messages.session import (
     Acknowledged,
     Evidence,
@@ -81,6 +82,8 @@ MESSAGES: dict[str, type[Message]] = {
         Interrupt,
         Goodbye,
         Acknowledged,
+        OpenSession,
+        StopSoon,
         EvidenceRequest,
         Evidence,
         ModelCard,
@@ -163,6 +166,7 @@ __all__ = [
     "LogitsRequest",
     "Message",
     "ModelCard",
+    "OpenSession",
     "OptimizerStep",
     "PartyDone",
     "PartyFailed",
@@ -180,6 +184,7 @@ __all__ = [
     "SplitAccepted",
     "SplitRequest",
     "StepDone",
+    "StopSoon",
     "TokenizerFiles",
     "TrainBatch",
     "TrunkBackward",

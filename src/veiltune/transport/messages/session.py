@@ -51,16 +51,17 @@ class Acknowledged(Message):
 
 @dataclass(frozen=True, slots=True)
 class EvidenceRequest(Message):
-    """Asks the enclave to prove what it is, over a fresh nonce."""
+    """Asks the enclave to prove what it is, over a fresh nonce of 32 bytes."""
 
     nonce: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence(Message):
-    """The enclave's evidence (simulated evidence says so in itself)."""
+    """The enclave's proof: evidence (simulated evidence says so in itself), and the runtime data that it is for."""
 
-    evidence: JsonObject
+    evidence: bytes
+    runtime: bytes
 
 
 @dataclass(frozen=True, slots=True)
