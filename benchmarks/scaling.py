@@ -13,6 +13,7 @@ from benchmarks._cells import cell
 from benchmarks._record import Row, alternate, run
 from benchmarks._runs import live
 from benchmarks._steps import CASES, LORA, plain_step, protected_step, random_ids, timed_row
+from veiltune.parties.owner import Owner
 
 VOCABULARY, HEAD = 8192, 64
 BASE = {"depth": 8, "width": 512, "length": 128}
@@ -26,7 +27,8 @@ def _point(varied: str, depth: int, width: int, length: int, rounds: int) -> lis
     ids = random_ids(model, BATCH, length)
     with ExitStack() as stack:
         tables = {"data": {"max_length": length}, "train": {"batch_size": BATCH}}
-        owners, steps = {}, {"plain": plain_step(model, ids)}
+        owners: dict[str, Owner] = {}
+        steps = {"plain": plain_step(model, ids)}
         for setting in SETTINGS:
             design, options = CASES[setting]
             owners[setting] = stack.enter_context(live(design, model, lora=LORA, **tables, **{design: options}))

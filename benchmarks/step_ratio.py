@@ -21,6 +21,7 @@ from veiltune.models.accounting import shares
 from veiltune.models.cut import Cut
 from veiltune.models.sources import resolve_config
 from veiltune.models.veil_accounting import veil_shares
+from veiltune.parties.owner import Owner
 
 BATCH, LENGTH = 4, 128
 LONG = (1, 512)
@@ -79,11 +80,13 @@ def _flop_share(model: str, design: str, options: dict[str, Any], batch: int, le
 
 
 def _measure_group(group: Group) -> list[Row]:
-    (batch, length), rows = group.batch, []
+    batch, length = group.batch
+    rows: list[Row] = []
     ids = random_ids(group.model, batch, length)
     with ExitStack() as stack:
         tables = {"data": {"max_length": length}, "train": {"batch_size": batch}}
-        owners, steps = {}, {"plain": plain_step(group.model, ids)}
+        owners: dict[str, Owner] = {}
+        steps = {"plain": plain_step(group.model, ids)}
         for setting in group.settings:
             design, options = CASES[setting]
             owners[setting] = stack.enter_context(live(design, group.model, lora=LORA, **tables, **{design: options}))

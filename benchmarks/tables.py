@@ -11,9 +11,8 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from benchmarks import claims
+from benchmarks import claims, timing
 from benchmarks._record import RESULTS, Row
 
 ROOT = Path(__file__).parent.parent
@@ -35,10 +34,6 @@ def _markdown(head: list[str], lines: list[list[str]]) -> str:
     )
 
 
-def _ratio(value: dict[str, Any]) -> str:
-    return f"{value['median']:.2f} ({value['p10']:.2f}–{value['p90']:.2f}, n = {value['n']})"
-
-
 def _accuracy(row: Row | None, key: str = "value") -> str:
     if row is None:
         return "–"
@@ -48,45 +43,37 @@ def _accuracy(row: Row | None, key: str = "value") -> str:
 
 def step_ratio() -> str:
     """Ratio to the plain PEFT step, designs with an enclave."""
-    lines = [
-        [
-            row["model"],
-            row["setting"],
-            _ratio(row["ratio"]),
-            f"{row['crossings_per_step']:.0f}",
-            f"{row['border_bytes_per_step'] / 1e6:.0f} MB",
-            f"{100 * row['enclave_seconds_share']:.0f}%",
-        ]
-        for row in rows_of("step_ratio")
-        if "enclave_seconds_share" in row
-    ]
-    head = [
-        "model",
-        "setting",
-        "step / plain PEFT step",
-        "crossings a step",
-        "over the border",
-        "enclave's share of time",
-    ]
-    return _markdown(head, lines)
+    return timing.step_ratio(rows_of, _markdown)
+
+
+def step_ratio_veil() -> str:
+    """The same of `veil`, every model and batch."""
+    return timing.step_ratio_veil(rows_of, _markdown)
 
 
 def split_ratio() -> str:
     """Ratio to the plain PEFT step on all layers, and memory, designs that cut the model."""
-    lines = [
-        [
-            f"`{row['design']}`",
-            row["setting"],
-            _ratio(row["ratio"]),
-            f"{row['crossings_per_step']:.0f}",
-            f"{row['border_bytes_per_step'] / 1e6:.2f} MB",
-            *(f"{row['peak_rss'][party] / 1e9:.2f} GB" for party in ("owner", "provider")),
-        ]
-        for row in rows_of("step_ratio")
-        if "peak_rss" in row
-    ]
-    head = ["design", "setting", "step / plain PEFT step", "messages a step", "over the cut", "owner", "provider"]
-    return _markdown(head, lines)
+    return timing.split_ratio(rows_of, _markdown)
+
+
+def generation() -> str:
+    """Seconds of a generation against `transformers` alone."""
+    return timing.generation(rows_of, _markdown)
+
+
+def scaling() -> str:
+    """How a step's ratio grows with depth, width and length."""
+    return timing.scaling(rows_of, _markdown)
+
+
+def network() -> str:
+    """Steps and tokens over links between machines."""
+    return timing.network(rows_of, _markdown)
+
+
+def stream_protect() -> str:
+    """Memory of protecting a checkpoint on disk."""
+    return timing.stream_protect(rows_of, _markdown)
 
 
 def utility() -> str:
@@ -232,7 +219,12 @@ TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
         step_ratio,
+        step_ratio_veil,
         split_ratio,
+        generation,
+        scaling,
+        network,
+        stream_protect,
         utility,
         wire,
         sweep_alpha,

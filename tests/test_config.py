@@ -414,6 +414,14 @@ def test_options_of_the_design_are_agreed_on_but_for_one_partys_business(
     assert (changed.fingerprint() != plain.fingerprint()) is agreed
 
 
+def test_how_a_hosts_machine_computes_is_its_own_business() -> None:
+    plain = load(design="veil")
+    changed = load(design="veil", veil={"ranks": 2, "compile": True, "checkpointing": True})
+    assert changed != plain
+    assert changed.fingerprint() == plain.fingerprint()
+    assert changed.run_fingerprint() == plain.run_fingerprint()
+
+
 def test_options_of_other_designs_are_not_agreed_on() -> None:
     assert load(online={"wire": {"activation_bits": 4}}).fingerprint() == load().fingerprint()
 

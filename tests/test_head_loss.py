@@ -80,7 +80,7 @@ class _Largest(TorchDispatchMode):
 
     numel = 0
 
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         sizes = [value.numel() for value in tree_leaves(result) if isinstance(value, Tensor)]
         self.numel = max([self.numel, *sizes])

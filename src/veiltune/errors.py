@@ -10,6 +10,7 @@
     ├── ProtocolError        a peer sent what the protocol does not allow
     │   ├── FrameError       bytes that are not a well-formed frame
     │   └── AttestationError evidence of trusted hardware that is not genuine, not fresh, or not accepted
+    ├── IntegrityError       the untrusted host was caught computing something else than it was asked
     ├── PeerLostError        a peer went away, or its link closed
     ├── ExactnessError       a measured error exceeds the bound that was derived for it
     ├── TrainingError        training cannot go on (a non-finite loss, say)
@@ -76,6 +77,10 @@ class PeerLostError(VeiltuneError):
     exit_code = 4
 
 
+class RankLostError(PeerLostError):
+    """Another rank of this host is gone. It explains the end of a session, which a lost peer alone does not."""
+
+
 class ExactnessError(VeiltuneError):
     """A design that claims exactness was measured beyond its bound."""
 
@@ -92,6 +97,12 @@ class CheckpointError(VeiltuneError):
     """A checkpoint cannot be used."""
 
     exit_code = 7
+
+
+class IntegrityError(VeiltuneError):
+    """What the untrusted host returned is not what it was asked for: a spot check failed."""
+
+    exit_code = 8
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

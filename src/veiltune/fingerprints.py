@@ -24,7 +24,10 @@ from typing import Any, Final
 
 OWN_OPTIONS: Final = frozenset({"server", "cache", "warm_up", "decorrelation", "protected", "key"})
 """Options of designs that are one party's business: how a provider serves, what an owner keeps, how it warms up or
-decorrelates its own layers, where host and enclave keep a protected checkpoint. What is not named here is agreed on."""
+decorrelates its own layers, where host and enclave keep a protected checkpoint. What is named neither here nor in
+`MACHINE_OPTIONS` is agreed on."""
+MACHINE_OPTIONS: Final = frozenset({"ranks", "rendezvous", "compile", "compile_backend", "checkpointing"})
+"""Options that say how a host's machine computes, as ``device`` does: neither agreed on nor part of what a run is."""
 _OWN_PREFIX: Final = "distil_"  # how a provider distils its emulator
 _AGREED: Final = ("design", "model", "dtype", "cut", "lora", "peers")
 _AGREED_IN_TABLES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -46,6 +49,8 @@ def agreed_fingerprint(values: Mapping[str, Any]) -> str:
 def run_fingerprint(values: Mapping[str, Any]) -> str:
     """Of what an owner's run is made of."""
     kept = {name: value for name, value in values.items() if name not in _NOT_OF_THE_RUN}
+    tables: Mapping[str, Mapping[str, Any]] = values["design_options"]
+    kept["design_options"] = {design: _without(options, MACHINE_OPTIONS) for design, options in tables.items()}
     kept["enclave"] = {name: values["enclave"][name] for name in _AGREED_IN_TABLES["enclave"]}
     if not kept["peers"]:  # a run without keys keeps the fingerprint it had before there were any
         del kept["peers"]
@@ -53,8 +58,13 @@ def run_fingerprint(values: Mapping[str, Any]) -> str:
 
 
 def _without_own(options: Mapping[str, Any]) -> dict[str, Any]:
-    mine = {name: value for name, value in options.items() if not (name in OWN_OPTIONS or name.startswith(_OWN_PREFIX))}
+    mine = _without(options, OWN_OPTIONS | MACHINE_OPTIONS)
+    mine = {name: value for name, value in mine.items() if not name.startswith(_OWN_PREFIX)}
     return {name: _without_own(value) if isinstance(value, Mapping) else value for name, value in mine.items()}
+
+
+def _without(options: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
 
 
 def _digest(values: Mapping[str, Any]) -> str:

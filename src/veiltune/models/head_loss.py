@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = 128
+CHUNK: int = 128
 """Rows of logits at a time. Any number from 128 on took the same time (SmolLM2's head on a CPU)."""
 
 

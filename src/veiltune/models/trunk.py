@@ -62,6 +62,10 @@ class AdaptedTrunk:
         if self.rounded:
             round_between_operations(self.model)  # at the leaf modules, which fused layers would skip
             return
+        self.fuse()
+
+    def fuse(self) -> None:
+        """Have LoRA layers compute in fewer passes."""
         for block in self.held_blocks():
             for segment in self.family.segments:
                 fuse_lora(block, (segment.inputs, (segment.output,)))

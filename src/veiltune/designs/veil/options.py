@@ -34,6 +34,22 @@ class VeilOptions(Section):
     key_seed: int | None = Field(
         default=None, description="reproducible keys, for tests only; unset: from the system's randomness"
     )
+    ranks: int = Field(
+        default=1,
+        ge=1,
+        description="processes the host shares the trunk among; heads and hidden units must divide evenly",
+    )
+    rendezvous: str | None = Field(
+        default=None,
+        description="HOST:PORT where the host's first rank awaits the others, which are started elsewhere; unset: it starts them",
+    )
+    compile: bool = Field(default=False, description="torch.compile the host's blocks, in passes without a KV cache")
+    compile_backend: Literal["inductor", "aot_eager"] = Field(
+        default="inductor", description="aot_eager: traced but not compiled, where there is no compiler; for study"
+    )
+    checkpointing: bool = Field(
+        default=False, description="the host keeps only what enters blocks, and computes them again in the backward"
+    )
     protected: str | None = Field(
         default=None,
         description="directory of veiltune protect: the host takes its trunk from there instead of from the enclave",

@@ -6,6 +6,7 @@ own. The host knows the architecture, never a key.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from veiltune.models.adapters import adapted_linears, inject_adapters
 from veiltune.models.cut import Cut, Trunk, trunk_model
 from veiltune.models.families import find_family
 from veiltune.models.rotated.folding import trunk_norms
+from veiltune.models.rotated.native import Native, apply_native, uncompiled
 from veiltune.models.rotated.norms import GainNorm, SandwichNorm, StreamNorm, epsilon, is_rms_norm
 from veiltune.models.skeleton import blocks_of
 from veiltune.models.trunk import AdaptedTrunk
@@ -58,9 +60,19 @@ class RotatedTrunk(AdaptedTrunk):
         lora: the adapter's shape.
         device: where to compute.
         rounded: imitate bfloat16 (see `models.precision`).
+        native: how the module is run; ``None``: as it is.
     """
 
-    def __init__(self, config: Any, cut: Cut, lora: LoraConfig, device: torch.device, *, rounded: bool) -> None:
+    def __init__(
+        self,
+        config: Any,
+        cut: Cut,
+        lora: LoraConfig,
+        device: torch.device,
+        *,
+        rounded: bool,
+        native: Native | None = None,
+    ) -> None:
         family = find_family(config)
         linears = adapted_linears(family, cut.num_layers, lora, cut.trunk)
         adapted = [linear.path for linear in linears]
@@ -71,6 +83,7 @@ class RotatedTrunk(AdaptedTrunk):
             model._tied_weights_keys = None  # PEFT would look for the embedding, which is not here
             inject_adapters(self.model, lora, family, cut.num_layers, paths=adapted)
         self.trunk = Trunk(self.model, config, cut)
+        self.native = native or Native()
         self._caches: dict[int, Any] = {}
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -79,11 +92,21 @@ class RotatedTrunk(AdaptedTrunk):
         blocks = super().held_blocks()
         return [blocks[index] for index in self.trunk.cut.trunk]
 
+    def ready(self) -> None:
+        """See `AdaptedTrunk.ready`; then the module is run as asked for."""
+        super().ready()
+        apply_native(self.model, self.held_blocks(), self.native)
+
+    def fuse(self) -> None:
+        """See `AdaptedTrunk.fuse`; a compiler fuses better by itself, and does not see through ours."""
+        if self.native.compiler is None:
+            super().fuse()
+
     def forward(self, request: VeiledForward) -> Tensor:
         """Run the trunk, keeping the graph if a backward is to follow."""
         entry = request.hidden.to(self.device)
         mask, positions = request.attention_mask, request.position_ids
-        with torch.set_grad_enabled(request.keep):
+        with torch.set_grad_enabled(request.keep), uncompiled(when=request.cache_id > 0):
             entry.requires_grad_(request.keep and request.input_gradient)
             output = self.trunk.forward(
                 entry,
@@ -122,8 +145,8 @@ class RotatedTrunk(AdaptedTrunk):
         else:
             self._kept.clear()
 
-    def stay_centred(self) -> None:
-        """After a step taken here: take out of the writers' factors what they have along the constant channel.
+    def stay_centred(self, factors: Mapping[str, nn.Parameter] | None = None) -> None:
+        """After a step on ``factors`` (``None``: those here): take out of the writers' what they have along the constant channel.
 
         No plain adapter could say it: in LayerNorm families a state has no mean. Nothing to do in others.
         """
@@ -131,7 +154,7 @@ class RotatedTrunk(AdaptedTrunk):
         if constant is None:
             return
         with torch.no_grad():
-            for path, parameter in self.parameters.items():
+            for path, parameter in (self.parameters if factors is None else factors).items():
                 if path.endswith("lora_B") and path.rpartition(".")[0] in self._writers:
                     unit = (constant / constant.norm()).to(parameter)
                     parameter.sub_(torch.outer(unit, unit @ parameter))
