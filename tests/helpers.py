@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from veiltune.config import Config, load_config
-from veiltune.designs import option_tables
+from veiltune.designs import DESIGNS, option_tables
+from veiltune.designs.base import OPENED_SERVICE
 from veiltune.models.presets import random_config
 from veiltune.models.random_weights import byte_tokenizer, write_random_weights
 from veiltune.parties.party import Job
@@ -189,6 +190,16 @@ def peft_model(name: str, output: Path, dtype: torch.dtype = torch.float32) -> A
     from peft import PeftModel
 
     return PeftModel.from_pretrained(plain_model(name, dtype), str(output / "adapter")).eval()
+
+
+def always_crosses(design: str, observer: str) -> set[str]:
+    """Kinds of message that an observer gets in a session of this machine, whatever was agreed on.
+
+    Services open sessions with words of their own (test_enclave_services); who gets the adapter is agreed on
+    (test_adapter_release).
+    """
+    by_choice = {"provider": {"AdapterTensors"}, "enclave": {"HandOver"}}.get(observer, set())
+    return set(DESIGNS[design].reveals[observer]) - OPENED_SERVICE.keys() - by_choice
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -293,11 +293,13 @@ OTHER: dict[str, Any] = {
     "train.method": "full",
     "train.optimizer": "sgd",
     "train.weight_decay": 0.1,
+    "adapter.to": "both",
     "enclave.allow_simulated": True,
     "peers": [{"role": "owner", "key": "spki-sha256:" + 64 * "0"}],
     "obfuscatune.matrix": "gaussian",
     "obfuscatune.placement": "paper",
     "obfuscatune.optimizer_at": "host",
+    "obfuscatune.spot_checks": 0.5,
     "obfuscatune.key_seed": 3,
 }
 """Of every field that the parties agree on, a value that is not the default."""

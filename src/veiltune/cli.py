@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veiltune.arguments import CONFIG_HELP, VERBS, build_parser, parse_settings
-from veiltune.errors import ConfigError, ExactnessError, UserError, VeiltuneError, nearest
+from veiltune.errors import ConfigError, ExactnessError, UserError, VeiltuneError, nearest, storage_fault
 
 if TYPE_CHECKING:
     from veiltune.config import Config
@@ -58,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes stdout at exit; give it one that takes everything.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
+    except OSError as error:
+        fault = storage_fault(error, "this machine's")
+        if fault is None:
+            raise
+        _say_error(fault)
+        return fault.exit_code
 
 
 def _run(arguments: list[str]) -> int:
@@ -132,7 +138,8 @@ def _tune(options: argparse.Namespace) -> int:
     if options.json:
         print(result.model_dump_json(by_alias=True))
     screen.print(comparison_table({config.design: result}))
-    screen.print(f"adapter, {RESULT}, loss.png: {output}", markup=False)
+    made = ["adapter"] if config.adapter.goes_to("owner") else []
+    screen.print(f"{', '.join([*made, RESULT, 'loss.png'])}: {output}", markup=False)
     return 0
 
 

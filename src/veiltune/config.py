@@ -97,6 +97,18 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(default=0, ge=0, description="0: at interruption and at the end only")
 
 
+class AdapterConfig(Section):
+    """Who gets what was trained: agreed on by all, and kept to by the party that trains."""
+
+    to: Literal["owner", "provider", "both", "nobody"] = Field(
+        default="owner", description="nobody: it stays sealed at the enclave, which answers questions with it"
+    )
+
+    def goes_to(self, role: str) -> bool:
+        """Whether a role gets the adapter."""
+        return self.to == role or (self.to == "both" and role in {"owner", "provider"})
+
+
 class EnclaveConfig(Section):
     """What the parties accept as an enclave. Without ``policy`` no hardware is accepted, and nothing at all by default."""
 
@@ -164,6 +176,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    adapter: AdapterConfig = AdapterConfig()
     enclave: EnclaveConfig = EnclaveConfig()
     provider: ProviderConfig = ProviderConfig()
     session: SessionConfig = SessionConfig()

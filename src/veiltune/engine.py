@@ -203,6 +203,10 @@ class Engine:
             raise ProtocolError(f"the training engine does not answer {type(request).__name__}")
         return handler(request)
 
+    def answer_with(self, kind: type[Message], handler: Callable[[Any], Message]) -> None:
+        """Have another answer to one kind of request, or an answer to one more kind."""
+        self._handlers[kind] = handler
+
     def _targets(self, request: TrainBatch | EvalBatch | ScoreBatch) -> tuple[Tensor, Tensor, Tensor]:
         return target_states(
             self.model,

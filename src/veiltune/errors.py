@@ -14,12 +14,16 @@
     ├── PeerLostError        a peer went away, or its link closed
     ├── ExactnessError       a measured error exceeds the bound that was derived for it
     ├── TrainingError        training cannot go on (a non-finite loss, say)
+    ├── StorageError         a disk that is full, or does not let itself be written to
     └── CheckpointError      a checkpoint is missing, torn, or belongs to another run
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -103,6 +107,31 @@ class IntegrityError(VeiltuneError):
     """What the untrusted host returned is not what it was asked for: a spot check failed."""
 
     exit_code = 8
+
+
+class StorageError(VeiltuneError):
+    """A disk took nothing more."""
+
+
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+_NUMBERED = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust say it
+
+
+def storage_fault(error: BaseException, whose: str) -> StorageError | None:
+    """A full or failing disk in our words; None if the error is anything else.
+
+    Args:
+        error: the operating system's, or a library's that quotes it.
+        whose: the disk's owner, such as ``"the host's"``.
+    """
+    found = _NUMBERED.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number not in _DISK:
+        return None
+    return StorageError(
+        f"{whose} disk cannot be written to: {os.strerror(number)}",
+        hint="make room on it (or name another output), then go on with --resume: a committed checkpoint is kept",
+    )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -3,9 +3,9 @@
 Both take a configuration as plain JSON values, and give SHA-256 of canonical JSON in hexadecimal.
 
 *Agreed on* (`agreed_fingerprint`): the design and its own options, model, dtype, cut, LoRA's shape and first factors, which
-parameters are trained by which optimiser with which decay, whether a simulated enclave may do, and every peer's key. So
-parties differ in nothing that one of them computes with and another relies on. Links compare it before anything else
-crosses, and evidence is bound to it.
+parameters are trained by which optimiser with which decay, who gets the adapter, whether a simulated enclave may do, and
+every peer's key. So parties differ in nothing that one of them computes with and another relies on. Links compare it before
+anything else crosses, and evidence is bound to it.
 
 *One party's business*, and left out: the owner's text, seed, schedule and evaluation, where things are kept, started and
 listened for, the provider's precautions, how an enclave is judged, and `OWN_OPTIONS`. Owners with different texts can
@@ -32,6 +32,7 @@ _OWN_PREFIX: Final = "distil_"  # how a provider distils its emulator
 _AGREED: Final = ("design", "model", "dtype", "cut", "lora", "peers")
 _AGREED_IN_TABLES: Final[Mapping[str, tuple[str, ...]]] = {
     "train": ("method", "optimizer", "weight_decay"),
+    "adapter": ("to",),
     "enclave": ("allow_simulated",),
 }
 _NOT_OF_THE_RUN: Final = frozenset({"output", "provider", "session", "device", "identity"})

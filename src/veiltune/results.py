@@ -105,11 +105,13 @@ class Exactness(Record):
 
 
 class EnclaveCost(Record):
-    """The enclave's part, each as a share from 0 to 1; None: not measured or not counted."""
+    """The enclave's part, as shares from 0 to 1, and its checks of the host; None: not measured or not counted."""
 
     param_share: Share | None = None
     flop_share: Share | None = None
     seconds_share: Share | None = None
+    checks: int | None = Field(default=None, ge=0)
+    check_seconds: float | None = Field(default=None, ge=0)
 
 
 class Cost(Record):

@@ -29,6 +29,7 @@ from veiltune.transport.messages import (
     GeneratedToken,
     GenerateRequest,
     GradientsRequest,
+    HandOver,
     LoadState,
     Logits,
     LogitsRequest,
@@ -88,6 +89,10 @@ class Tuner(ABC):
     def adapter(self) -> dict[str, Tensor]:
         """The factors, plain basis."""
         return self._ask(AdapterRequest(), AdapterTensors).tensors
+
+    def hand_over(self) -> None:
+        """Have the provider get the adapter, as was agreed on."""
+        self._ask(HandOver(), Acknowledged)
 
     def save(self, step: int) -> None:
         """Have every party behind this one write its state of ``step``."""

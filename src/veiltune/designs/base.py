@@ -108,6 +108,7 @@ OPENED_SERVICE: Mapping[str, Reveal] = {
     "StopSoon": Reveal("that a party that is a service is being stopped", "control"),
 }
 """What crosses besides between parties that run as services, under designs with an enclave."""
+RELEASED = Reveal("the adapter, where adapter.to says so", "clear")
 
 OWNER_REVEALS: Mapping[str, Reveal] = {
     "Evidence": Reveal("what the enclave is", "public"),
@@ -118,7 +119,7 @@ OWNER_REVEALS: Mapping[str, Reveal] = {
     "Scores": Reveal("log-probabilities of its own continuations", "clear"),
     "Logits": Reveal("logits of its own tokens (verification only)", "clear"),
     "GeneratedToken": Reveal("the answer to its own prompt", "clear"),
-    "AdapterTensors": Reveal("the adapter, which it paid for", "clear"),
+    "AdapterTensors": RELEASED,
     "CostReport": Reveal("times and counts", "control"),
     "Acknowledged": ACK,
 }
@@ -198,6 +199,7 @@ HOST_SEES: Mapping[str, Reveal] = {
 
 ENCLAVE_SEES: Mapping[str, Reveal] = {
     **ENGINE_REVEALS,
+    "HandOver": Reveal("that training is over, where the provider gets the adapter", "control"),
     "EvidenceRequest": Reveal("a nonce", "public"),
     "Factors": Reveal("the factors the host holds", "masked"),
     "FactorGradients": Reveal("the factors' gradients", "masked"),
@@ -255,7 +257,7 @@ def enclave_design(  # noqa: PLR0913 - keyword-only
         enclaves=frozenset({"enclave"}),
         reveals={
             "owner": {**OWNER_REVEALS, **_told("Refused", "StopSoon")},
-            "provider": {**PROVIDER_REVEALS, **_told("OpenSession", "Refused")},
+            "provider": {**PROVIDER_REVEALS, "AdapterTensors": RELEASED, **_told("OpenSession", "Refused")},
             "enclave": {**ENCLAVE_SEES, **_told("OpenSession", "Refused", "StopSoon"), **enclave_sees},
             "host": {**HOST_SEES, **_told("OpenSession"), **host_sees},
         },

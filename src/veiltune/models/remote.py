@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,33 @@ from veiltune.transport.messages import (
 )
 
 
+class Witness(Protocol):
+    """Sees what the host answers before it is used, and raises IntegrityError where it is found to be wrong."""
+
+    def answered(self, asked: SegmentForward, outputs: tuple[Tensor, ...]) -> None:
+        """A forward crossing."""
+        ...
+
+    def answered_backward(self, ticket: int, gradients: tuple[Tensor | None, ...], gradient: Tensor | None) -> None:
+        """The backward crossing of a kept forward: the outputs' gradients, and the input's that came back."""
+        ...
+
+    def forget(self) -> None:
+        """No backward of the passes so far will come."""
+        ...
+
+
 class TrunkClient:
-    """The enclave's conversation with the host about one trunk. ``wait_seconds`` is the time spent waiting for answers."""
+    """The enclave's conversation with the host about one trunk.
+
+    Attributes:
+        wait_seconds: spent waiting for answers.
+        witness: is shown every answer; ``None``: the host is believed.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self.witness: Witness | None = None
         self.wait_seconds = 0.0
         self._tickets = 0
         self._contexts = 0
@@ -52,20 +74,21 @@ class TrunkClient:
         """One forward crossing; returns the ticket its backward needs, and the outputs."""
         self._tickets += 1
         start = time.perf_counter()
-        self.channel.send(
-            SegmentForward(
-                call.operation.index,
-                self._tickets,
-                call.context_id,
-                call.cache_id,
-                call.keep,
-                input_gradient,
-                call.training,
-                hidden.detach(),
-            )
+        request = SegmentForward(
+            call.operation.index,
+            self._tickets,
+            call.context_id,
+            call.cache_id,
+            call.keep,
+            input_gradient,
+            call.training,
+            hidden.detach(),
         )
+        self.channel.send(request)
         answer = self.channel.recv_as(SegmentOutput)
         self.wait_seconds += time.perf_counter() - start
+        if self.witness is not None:
+            self.witness.answered(request, answer.outputs)
         return self._tickets, answer.outputs
 
     def backward(self, ticket: int, gradients: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -74,6 +97,8 @@ class TrunkClient:
         self.channel.send(SegmentBackward(ticket, gradients))
         answer = self.channel.recv_as(SegmentGradient)
         self.wait_seconds += time.perf_counter() - start
+        if self.witness is not None:
+            self.witness.answered_backward(ticket, gradients, answer.gradient)
         return answer.gradient
 
     def context(self, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> int:
@@ -98,6 +123,8 @@ class TrunkClient:
     def forget(self) -> None:
         """Have the host free every graph and context of the passes so far."""
         self._last_context = None
+        if self.witness is not None:
+            self.witness.forget()
         self.channel.send(Forget(0))
 
     def forget_caches(self) -> None:

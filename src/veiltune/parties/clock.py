@@ -20,6 +20,9 @@ class BorderClock:
         across: the role at the other side of the border.
         border: what people call it.
         waited: seconds spent waiting for the other side so far; ``None``: not known.
+
+    Attributes:
+        more: figures of the trainer's own, asked for with the others.
     """
 
     def __init__(self, party: Party, across: str, border: str, waited: Callable[[], float] | None = None) -> None:
@@ -27,6 +30,7 @@ class BorderClock:
         self._across = across
         self._border = border
         self._waited = waited
+        self.more: Callable[[], dict[str, Any]] = dict
         self._depth = 0
         self._before: tuple[float, float, Traffic] = (0.0, 0.0, {})
         self.steps = self.messages = self.num_bytes = 0
@@ -66,6 +70,7 @@ class BorderClock:
             **waits,
             "crossings_per_step": self.messages / max(1, self.steps),
             "border_bytes_per_step": self.num_bytes / max(1, self.steps),
+            **self.more(),
         }
 
 

@@ -210,8 +210,17 @@ class Owner:
         """What a design does once the result is exported, before it is measured; nothing by default."""
 
     def export(self) -> None:
-        """Write the result into the output directory: an adapter in PEFT's format, or the trained layers."""
-        config, tensors = self.party.config, self.tuner.adapter()
+        """Write the result into the output directory: an adapter in PEFT's format, or the trained layers.
+
+        Where ``adapter.to`` says so the provider gets it too, or instead.
+        """
+        config = self.party.config
+        if config.adapter.goes_to("provider"):
+            self.tuner.hand_over()
+        if not config.adapter.goes_to("owner"):
+            self.party.report("exported", {"directory": None})
+            return
+        tensors = self.tuner.adapter()
         directory = Path(config.output) / ("adapter" if config.train.method == "lora" else "layers")
         if config.train.method == "full":
             save_layers(directory, tensors)

@@ -16,6 +16,7 @@ from veiltune.models.families import find_family
 from veiltune.models.family import Family
 from veiltune.models.skeleton import DTYPES, assign_parameter, empty_model, require_complete
 from veiltune.models.sources import check_memory, resolve_config, resolve_model
+from veiltune.parties.enclaved.release import provider_waits, receive_adapter
 from veiltune.parties.party import Party
 from veiltune.parties.preflight import check_ancestors
 from veiltune.transport.channel import Channel
@@ -113,6 +114,7 @@ def provide(party: Party, trainer: str, *, attested: bool) -> None:
     Raises:
         ModelError: the source cannot be used, holds values that are not finite, does not fit this machine's memory, or
             descends from a public model (see `preflight`).
+        PeerLostError: the enclave is gone before the provider has the adapter that was agreed on.
     """
     checkpoint = open_checkpoint(party)
     family = find_family(checkpoint.config)
@@ -127,6 +129,8 @@ def provide(party: Party, trainer: str, *, attested: bool) -> None:
     num_blocks = checkpoint.config.num_hidden_layers
     for block in stream_weights(party.links[trainer], checkpoint, family):
         party.report("provisioned", {"block": block, "num_blocks": num_blocks})
+    if attested and provider_waits(party):
+        receive_adapter(party, trainer, checkpoint.config)
     party.links["owner"].recv_as(Goodbye)
 
 

@@ -24,6 +24,7 @@ from veiltune.transport.messages import Interrupt, Message, PartyDone, PartyFail
 from veiltune.transport.transcript import Traffic, merge_traffic
 
 OnEvent = Callable[[str, dict[str, Any]], None]
+CONFIG = "config.json"
 GRACE_SECONDS = 10.0
 SETTLE_SECONDS = 3.0
 """After a first failure, how long to wait for the one that caused it."""
@@ -78,6 +79,11 @@ def prepare_output(config: Config, *, resume: bool, overwrite: bool) -> int | No
             f"train.method = {config.train.method!r}: {design.name} cannot train that",
             hint=f"it can: {', '.join(sorted(design.methods))}",
         )
+    if config.adapter.to != "owner" and not design.enclaves:
+        raise ConfigError(
+            f"adapter.to = {config.adapter.to!r}: under {design.name} no enclave trains, and whoever trains has the adapter",
+            hint="set adapter.to = 'owner' (with plug_in, offsite and offline give the provider what was trained)",
+        )
     check_connect(config, design)
     if config.session.connect and not config.session.processes:
         raise ConfigError("session.connect needs session.processes = true", hint="leave session.processes out")
@@ -86,18 +92,28 @@ def prepare_output(config: Config, *, resume: bool, overwrite: bool) -> int | No
             raise ConfigError(f"session.record names no party: {observer!r}", hint=nearest(observer, roles))
     if resume:
         return _committed_step(config)
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and any(not path.name.startswith(f"{CONFIG}.") for path in output.iterdir()):  # torn by a kill
         if not overwrite:
             raise ConfigError(f"the output directory {str(output)!r} is not empty", hint="pass --resume or --overwrite")
-        if not (output / "config.json").is_file():
+        if not (output / CONFIG).is_file():
             raise ConfigError(
                 f"{str(output)!r} is not a run of Veiltune, so it will not be overwritten",
                 hint="choose another output directory",
             )
-        shutil.rmtree(output)
+        _clear(output)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", json.loads(config.to_json()))
+    write_json(output / CONFIG, json.loads(config.to_json()))
     return None
+
+
+def _clear(output: Path) -> None:
+    """Empty a run's directory so that at any moment it is one: the commit goes first, and its configuration stays."""
+    (output / COMMIT).unlink(missing_ok=True)
+    for path in list(output.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != CONFIG:
+            path.unlink()
 
 
 def _committed_step(config: Config) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from veiltune.checkpoints import StateStore
 from veiltune.config import TrainConfig
+from veiltune.designs.obfuscatune.checks import SpotChecks
 from veiltune.models.adapters import Keys, mask_factors, unmask_factor_gradients, unmask_factors
 from veiltune.models.family import Linear
 from veiltune.models.remote import TrunkClient
@@ -27,6 +28,7 @@ class ObfuscatedBackend(HostedBackend):
         store: sealed state.
         trunk: plain factors if the optimiser is here, else empty.
         train: the optimiser's settings.
+        checks: of what the host returns; ``None``: none.
     """
 
     def __init__(
@@ -38,15 +40,20 @@ class ObfuscatedBackend(HostedBackend):
         store: StateStore,
         trunk: Parameters,
         train: TrainConfig,
+        checks: SpotChecks | None = None,
     ) -> None:
         super().__init__(client, secret, store, trunk, train)
         self.client = client
         self.linears = linears
         self.keys = keys
+        self.checks = checks
 
     def to_host(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `HostedBackend.to_host`."""
-        return mask_factors(factors, self.linears, self.keys)
+        masked = mask_factors(factors, self.linears, self.keys)
+        if self.checks is not None:
+            self.checks.pushed({name: value.detach().clone() for name, value in masked.items()})
+        return masked
 
     def from_host(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `HostedBackend.from_host`."""
@@ -54,6 +61,8 @@ class ObfuscatedBackend(HostedBackend):
 
     def gradients_from_host(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `HostedBackend.gradients_from_host`."""
+        if self.checks is not None:
+            self.checks.answered_factors(gradients)
         return unmask_factor_gradients(gradients, self.linears, self.keys)
 
     def end_of_pass(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veiltune.designs.obfuscatune.backend import ObfuscatedBackend
+from veiltune.designs.obfuscatune.checks import SpotChecks, refuse_spot_checks
 from veiltune.designs.obfuscatune.options import ObfuscaTuneOptions
 from veiltune.engine import Engine
 from veiltune.models.adapters import Keys, adapted_linears, factor_dtype, initial_factors
@@ -18,6 +19,7 @@ from veiltune.models.skeleton import (
     empty_model,
 )
 from veiltune.parties.enclaved import EnclaveSession
+from veiltune.parties.enclaved.checks import Sampler
 from veiltune.parties.party import Party
 from veiltune.privacy.orthogonal import Key, make_key
 from veiltune.transport.messages import (
@@ -38,6 +40,8 @@ class Enclave(EnclaveSession):
         self.keys = self._make_keys()
         self._open_key: Key | None = None
         self.port = self.client = TrunkClient(party.links["host"])
+        self.sampler = Sampler.of(self.options.spot_checks, self.options.key_seed)
+        self.client.witness = self.checks = self._make_checks()
         self.model = empty_model(self.model_config)
         self.adapted = adapted_linears(self.family, self.num_layers, self.config.lora)
         self.shapes = {
@@ -52,6 +56,16 @@ class Enclave(EnclaveSession):
             self.keys,
             rounded=self.rounded,
         )
+
+    def refuse(self) -> None:
+        """See `EnclaveSession.refuse`."""
+        refuse_spot_checks(self.options, self.config)
+
+    def _make_checks(self) -> SpotChecks | None:
+        if self.sampler is None:
+            return None
+        lora, operations = self.config.lora, self.family.operations(self.num_layers, self.options.placement)
+        return SpotChecks(self.family, operations, lora.alpha / lora.rank, self.sampler)
 
     def _make_keys(self) -> Keys:
         labels = sorted({linear.key for linear in self.linears})
@@ -87,6 +101,8 @@ class Enclave(EnclaveSession):
             elif linear is not None and linear.side == "output":
                 self.outputs[path].bias = nn.Parameter(value.to(self.device), requires_grad=False)
             elif linear is not None or name in exposed:
+                if linear is not None and self.checks is not None:
+                    self.checks.learn_bias(linear, value)
                 masked[name] = value  # input-side biases act after the key cancels; QK-norm gains act on Q and K
             else:
                 assign_parameter(self.model, name, value.to(self.device))
@@ -99,6 +115,8 @@ class Enclave(EnclaveSession):
             self._close_key()
             self._open_key = key
         masked = key.mask_input_weight(row) if linear.side == "input" else key.mask_output_weight(row)
+        if self.checks is not None:
+            self.checks.learn(linear, masked)
         return (masked if self.family.weights_in_out else masked.T).contiguous()
 
     def divided(self) -> None:
@@ -120,7 +138,7 @@ class Enclave(EnclaveSession):
         here = self.options.optimizer_at == "enclave"
         parameters = {name: nn.Parameter(value.to(self.device)) for name, value in factors.items()} if here else {}
         backend = ObfuscatedBackend(
-            self.client, self.adapted, self.keys, self.secret, self.store, parameters, self.config.train
+            self.client, self.adapted, self.keys, self.secret, self.store, parameters, self.config.train, self.checks
         )
         backend.push(factors)
         return Engine(self.model, backend, self.device, self.party.links["owner"].send)

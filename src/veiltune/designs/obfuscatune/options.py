@@ -23,6 +23,13 @@ class ObfuscaTuneOptions(Section):
         default="compact", description="what the enclave computes: compact, or as in the paper"
     )
     optimizer_at: Literal["host", "enclave"] = "enclave"
+    spot_checks: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="share of the products and gradients the host returns that the enclave checks; needs placement = 'paper' and "
+        "optimizer_at = 'enclave'",
+    )
     key_seed: int | None = Field(
         default=None, description="reproducible keys, for tests only; unset: from the system's randomness"
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from veiltune.checkpoints import StateStore
 from veiltune.config import TrainConfig
+from veiltune.designs.veil.checks import Canaries
 from veiltune.models.rotated import Folding, VeilStub, rotate_factors, unrotate_factors, unrotate_gradients
 from veiltune.models.rotated.stub import VeilPort
 from veiltune.parties.enclaved import HostedBackend
@@ -27,7 +28,12 @@ class VeiledBackend(HostedBackend):
         own: factors of the enclave's own blocks.
         trunk: plain factors of the trunk if the optimiser is here, else empty.
         train: the optimiser's settings.
+
+    Attributes:
+        canaries: passes that are computed again; ``None``: none.
     """
+
+    canaries: Canaries | None = None
 
     def __init__(
         self,
@@ -47,7 +53,10 @@ class VeiledBackend(HostedBackend):
 
     def to_host(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `HostedBackend.to_host`."""
-        return rotate_factors(factors, self.folding)
+        rotated = rotate_factors(factors, self.folding)
+        if self.canaries is not None:
+            self.canaries.pushed({name: value.detach().clone() for name, value in rotated.items()})
+        return rotated
 
     def from_host(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `HostedBackend.from_host`."""
@@ -55,6 +64,8 @@ class VeiledBackend(HostedBackend):
 
     def gradients_from_host(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `HostedBackend.gradients_from_host`."""
+        if self.canaries is not None:
+            self.canaries.answered_factors(gradients)
         return unrotate_gradients(gradients, self.folding)
 
     def end_of_pass(self) -> None:

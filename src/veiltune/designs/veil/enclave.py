@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veiltune.designs.veil.backend import VeiledBackend
+from veiltune.designs.veil.checks import Canaries, refuse_canaries
 from veiltune.designs.veil.options import VeilOptions, refuse_sandwich_norms
 from veiltune.designs.veil.protection import load_key, stream_key
 from veiltune.engine import Engine
@@ -19,6 +20,7 @@ from veiltune.models.rotated import Folding, VeilPort, VeilStub, compute_norms_i
 from veiltune.models.skeleton import assign_parameter
 from veiltune.models.trainable import make_trainable
 from veiltune.parties.enclaved import EnclaveSession
+from veiltune.parties.enclaved.checks import Sampler
 from veiltune.parties.party import Party
 from veiltune.parties.protected import ProtectionKey
 from veiltune.secrets import MasterSecret
@@ -46,6 +48,8 @@ class Enclave(EnclaveSession):
             must_invert=self.options.optimizer_at == "host",
         )
         self.port = self.veil_port = VeilPort(party.links["host"])
+        self.sampler = Sampler.of(self.options.canaries, self.options.key_seed)
+        self.veil_port.witness = self.canaries = self._make_canaries()
         self.model = owner_model(self.model_config, self.cut)
         self.stub: VeilStub = install_veil_stub(
             self.model, self.family, self.cut, self.veil_port, self.folding.stream, rounded=self.rounded
@@ -57,11 +61,26 @@ class Enclave(EnclaveSession):
         self.cut = Cut.of(self.model_config, self.options.enclave_layers, self.options.enclave_top_layers)
         refuse_sandwich_norms(self.options, self.family)
         self._refuse_dropout()
+        refuse_canaries(self.options, self.config, self.model_config, trains=self.party.job.verb in {"tune", "probe"})
         if self.options.protected is not None and self.rounded:
             raise ConfigError(
                 "a protected checkpoint cannot be used where bfloat16 is imitated, as on this device",
                 hint="set dtype = 'float32', and protect the model with --dtype float32",
             )
+
+    def _make_canaries(self) -> Canaries | None:
+        if self.sampler is None:
+            return None
+        directory = self.party.directory / "canaries"
+        return Canaries(self.model_config, self.cut, self.config, self.device, directory, self.sampler)
+
+    def serve(self) -> None:
+        """See `EnclaveSession.serve`; the sealed trunk goes with the session."""
+        try:
+            super().serve()
+        finally:
+            if self.canaries is not None:
+                self.canaries.close()
 
     def _master_secret(self) -> MasterSecret:
         """See `EnclaveSession._master_secret`; a key from a file is bound to the provider's weights as well.
@@ -127,8 +146,11 @@ class Enclave(EnclaveSession):
                     self._shapes[path] = self.family.fan(value)
             else:
                 assign_parameter(self.model, name, value.to(self.device))
-        if self._protection is None:
-            return self.folding.fold(trunk)
+        if self._protection is None or self.canaries is not None:
+            folded = self.folding.fold(trunk)
+            if self.canaries is not None:
+                self.canaries.learn(folded)
+            return folded if self._protection is None else {}
         self.folding.fold({n: v for n, v in trunk.items() if n.rpartition(".")[0] not in self.folding.linears})
         return {}
 
@@ -148,5 +170,6 @@ class Enclave(EnclaveSession):
         backend = VeiledBackend(
             self.stub, self.veil_port, self.folding, self.secret, self.store, own, trunk, self.config.train
         )
+        backend.canaries = self.canaries
         backend.push(factors)
         return Engine(self.model, backend, self.device, self.party.links["owner"].send)

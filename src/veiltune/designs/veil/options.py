@@ -50,6 +50,13 @@ class VeilOptions(Section):
     checkpointing: bool = Field(
         default=False, description="the host keeps only what enters blocks, and computes them again in the backward"
     )
+    canaries: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="share of steps, and of passes without a backward, that the enclave computes again before it believes the "
+        "host; needs optimizer_at = 'enclave', and disk for the trunk",
+    )
     protected: str | None = Field(
         default=None,
         description="directory of veiltune protect: the host takes its trunk from there instead of from the enclave",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from jaxtyping import Float, Int
@@ -27,12 +27,30 @@ from veiltune.transport.channel import Channel
 from veiltune.transport.messages import Forget, VeiledBackward, VeiledForward, VeiledGradient, VeiledOutput
 
 
+class PassWitness(Protocol):
+    """Sees what the host answers, and raises IntegrityError where it is found to be wrong."""
+
+    def answered(self, asked: VeiledForward, output: Tensor) -> None:
+        """A forward crossing."""
+        ...
+
+    def answered_backward(self, ticket: int, gradient: Tensor, entry: Tensor | None) -> None:
+        """A backward crossing: the output's gradient, and the input's where it was wanted."""
+        ...
+
+
 @final
 class VeilPort:
-    """Implements `models.trunk_stub.TrunkPort` over the channel to the host. ``wait_seconds``: spent waiting for answers."""
+    """Implements `models.trunk_stub.TrunkPort` over the channel to the host.
+
+    Attributes:
+        wait_seconds: spent waiting for answers.
+        witness: is shown every answer; ``None``: the host is believed.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self.witness: PassWitness | None = None
         self.wait_seconds = 0.0
         self._ticket = 0
         self._kept: dict[int, bool] = {}
@@ -41,22 +59,23 @@ class VeilPort:
         """One forward crossing of rotated states."""
         self._ticket += 1
         start = time.perf_counter()
-        self.channel.send(
-            VeiledForward(
-                self._ticket,
-                context.cache_id,
-                context.keep,
-                context.input_gradient,
-                context.training,
-                context.attention_mask,
-                context.position_ids,
-                hidden,
-            )
+        request = VeiledForward(
+            self._ticket,
+            context.cache_id,
+            context.keep,
+            context.input_gradient,
+            context.training,
+            context.attention_mask,
+            context.position_ids,
+            hidden,
         )
+        self.channel.send(request)
         answer = self.channel.recv_as(VeiledOutput)
         self.wait_seconds += time.perf_counter() - start
         if answer.ticket != self._ticket:
             raise ProtocolError(f"the host answered {answer.ticket} to {self._ticket}")
+        if self.witness is not None:
+            self.witness.answered(request, answer.hidden)
         if context.keep:
             self._kept[self._ticket] = context.input_gradient
         return self._ticket, answer.hidden
@@ -67,6 +86,8 @@ class VeilPort:
         start = time.perf_counter()
         self.channel.send(VeiledBackward(ticket, gradient))
         if not wanted:
+            if self.witness is not None:
+                self.witness.answered_backward(ticket, gradient, None)
             return None
         answer = self.channel.recv_as(VeiledGradient)
         self.wait_seconds += time.perf_counter() - start
@@ -74,6 +95,8 @@ class VeilPort:
             raise ProtocolError(
                 f"the host answered {answer.ticket}, {tuple(answer.gradient.shape)} to backward {ticket}"
             )
+        if self.witness is not None:
+            self.witness.answered_backward(ticket, gradient, answer.gradient)
         return answer.gradient
 
     def forget(self) -> None:

@@ -16,6 +16,8 @@ from veiltune.models.family import Family
 from veiltune.models.skeleton import DTYPES, compute_dtype, config_from_json, require_complete, resolve_device
 from veiltune.parties.clock import BorderClock, serve_owner
 from veiltune.parties.enclaved.backend import HostPort
+from veiltune.parties.enclaved.checks import Sampler
+from veiltune.parties.enclaved.release import keep_to_policy, let_provider_go
 from veiltune.parties.enclaved.state import WeightsStore
 from veiltune.parties.party import Party
 from veiltune.secrets import MasterSecret
@@ -35,10 +37,12 @@ class EnclaveSession(ABC):
         secret: all keys are derived from it; a resumed session has the sealed one.
         port: the way to the host.
         model: the enclave's half, empty until `provision`.
+        sampler: of what the host returns, what is checked; ``None``: the host is believed.
     """
 
     port: HostPort
     model: Any
+    sampler: Sampler | None = None
 
     def __init__(self, party: Party, card: ModelCard) -> None:
         self.party = party
@@ -116,7 +120,10 @@ class EnclaveSession(ABC):
         """Answer the owner until it is done, then let the host go."""
         held = sum(parameter.numel() for parameter in self.model.parameters())
         clock = BorderClock(self.party, "host", "enclave's border", lambda: self.port.wait_seconds)
-        serve_owner(self.party, self.engine, clock, held_parameters=held)
+        if self.sampler is not None:
+            clock.more = self.sampler.figures
+        serve_owner(self.party, lambda: keep_to_policy(self.engine(), self.party), clock, held_parameters=held)
+        let_provider_go(self.party)
         self.party.links["host"].send(Goodbye())
 
 

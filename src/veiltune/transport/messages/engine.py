@@ -110,6 +110,11 @@ class AdapterRequest(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver(Message):
+    """Asks the party that trains to send the provider the adapter, as was agreed on."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterTensors(Message):
     """LoRA factors (or their gradients) in the plain basis, by PEFT's names."""
 
