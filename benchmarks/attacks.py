@@ -2,9 +2,10 @@
 
 The runs and attacks are those of the study `small` (`veiltune compare small`), and so are the cells: what was measured is kept
 under ``benchmarks/.cells/attacks``, where the comparison's own report lies too. The victim's text is commonsenseqa, the
-attacker's public text BoolQ. Under `offline` only inference crosses, so what is attacked there are the questions that accuracy
-was measured on. Known plaintext and Gram anchors know the tokens of some of the victim's own texts; those are not scored. The
-public ancestor is the model itself with Gaussian noise of the stated relative size. Quickly: `online` alone, two steps.
+attacker's public text BoolQ. What was tuned on comes first, then the questions that accuracy was measured on; where no pass of
+a phase crossed, a row says so. Known plaintext and Gram anchors know the tokens of some of the victim's own texts; those are
+not scored. The public ancestor is the model itself with Gaussian noise of the stated relative size. Quickly: `online` alone,
+two steps.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ def rows_of(records: Path) -> list[Row]:
         setting = "; ".join(part for part in (record.setting, record.attack_setting, f"{record.moment} texts") if part)
         heading = {name: getattr(record, name) for name in ("attack", "observer", "design", "model", "task")}
         heading |= {"setting": setting, "measured_at": record.measured_at[:10]}
+        heading |= {name: value for name in ("knows", "phase") if (value := getattr(record, name)) is not None}
+        if record.nothing is not None:
+            rows.append({**heading, "nothing": record.nothing.model_dump()})
         if record.status != "ok":
             rows.append({**heading, record.status: record.error})
         rows += [{**heading, "metric": name, **figure.model_dump()} for name, figure in record.figures.items()]

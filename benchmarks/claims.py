@@ -5,13 +5,15 @@ See `benchmarks.tables` for how blocks get into pages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from benchmarks._record import Row
 from veiltune.designs import DESIGNS
 from veiltune.privacy.bounds import error_bound, product_bound
+from veiltune.study_summary import design_facts, knows_of, phase_of
+from veiltune.study_terms import ALL_KNOWS, ALL_PHASES, Knows, Phase, told_knows, told_phase
 
 Rows = Callable[[str], list[Row]]
 Markdown = Callable[[list[str], list[list[str]]], str]
@@ -69,6 +71,10 @@ def ancestry(rows_of: Rows, markdown: Markdown) -> str:
     )
 
 
+Who = tuple[str, str, str, Phase | None, Knows | None]
+"""Design, setting, observer, whose texts, what is known besides."""
+
+
 def attacks(rows_of: Rows, markdown: Markdown) -> str:
     """What attacks got, with both controls; a sentence where nothing was measured."""
     rows = rows_of("attacks")
@@ -76,46 +82,91 @@ def attacks(rows_of: Rows, markdown: Markdown) -> str:
         return NOTHING_MEASURED
     lines: list[list[str]] = []
     for row in _headlines(rows):
-        heading = [
-            f"`{row.get('design', '–')}`",
-            str(row.get("setting", "–")),
-            str(row.get("observer", "–")),
-            row["attack"],
-        ]
-        if "withheld" in row:
-            lines.append([*heading, "withheld", row["withheld"], "–", "–"])
+        _, _, _, phase, knows = _who(row)
+        names = [f"`{row.get('design', '–')}`", str(row.get("setting", "–")), str(row.get("observer", "–"))]
+        heading = [*names, told_phase(phase) or "–", told_knows(knows), row["attack"]]
+        if "withheld" in row or "nothing" in row:
+            told = ["withheld", row["withheld"]] if "withheld" in row else ["recorded passes", _counted(row)]
+            lines.append([*heading, *told, "–", "–"])
             continue
         ends = row["ci95"]
         interval = "" if ends is None else f" ({ends[0]:.2f}–{ends[1]:.2f})"
         controls = [f"{row[name]:.2f}" for name in ("leaky_control", "shuffled_control")]
         lines.append([*heading, row["metric"], f"{row['value']:.2f}{interval}", *controls])
-    return markdown(["design", "setting", "observer", "attack", "metric", "value (95%)", "leaky", "shuffled"], lines)
+    head = ["design", "setting", "observer", "after", "knows besides", "attack", "metric", "value (95%)"]
+    return markdown([*head, "leaky", "shuffled"], lines)
 
 
 def leaks(rows_of: Rows, markdown: Markdown) -> str:
-    """The strongest text reconstruction of each design and setting, by ROUGE-L, and of which attack it was."""
-    texts = [row for row in rows_of("attacks") if row.get("metric") == "rougeL"]
+    """The strongest text reconstruction by each attacker, by ROUGE-L, and of which attack it was.
+
+    An attacker is an observer, the texts it is after, and what it knows: figures of two are never put together.
+    """
+    texts = [row for row in rows_of("attacks") if row.get("metric") == "rougeL" or {"nothing", "withheld"} & set(row)]
     if not texts:
         return NOTHING_MEASURED
     lines: list[list[str]] = []
-    for heading in dict.fromkeys((row["design"], row["setting"].partition(";")[0], row["observer"]) for row in texts):
-        same = [r for r in texts if (r["design"], r["setting"].partition(";")[0], r["observer"]) == heading]
-        worst = max(same, key=lambda row: row["value"])
-        interval = "" if worst["ci95"] is None else f"{worst['ci95'][0]:.2f}–{worst['ci95'][1]:.2f}, "
-        value = f"{worst['value']:.2f} ({interval}n = {worst['n']})"
-        told = "; ".join([f"`{worst['attack']}`", *(part.strip() for part in worst["setting"].split(";")[1:])])
-        controls = [f"{worst[name]:.2f}" for name in ("leaky_control", "shuffled_control")]
-        lines.append([f"`{heading[0]}`", heading[1], heading[2], told, value, *controls])
-    return markdown(["design", "setting", "observer", "strongest attack", "ROUGE-L (95%)", "leaky", "shuffled"], lines)
+    for setting in dict.fromkeys(_who(row)[:3] for row in texts):
+        groups: dict[Who, list[Row]] = {}
+        for row in texts:
+            if _who(row)[:3] == setting:
+                groups.setdefault(_who(row), []).append(row)
+        if design_facts(setting[0]).tunes_apart and not any(who[3] == "tuning" for who in groups):
+            lines.append(
+                [*_told((*setting, "tuning", "nothing")), "none crosses, by its table; not counted yet", "–", "–", "–"]
+            )
+        ordered = sorted(groups, key=lambda who: (_place(ALL_PHASES, who[3]), _place(ALL_KNOWS, who[4])))
+        lines += [[*_told(who), *_strongest(groups[who])] for who in ordered]
+    head = ["design", "setting", "observer", "after", "knows besides", "strongest attack", "ROUGE-L (95%)"]
+    return markdown([*head, "leaky", "shuffled"], lines)
+
+
+def _who(row: Row) -> Who:
+    """Who made an attack; of a result of an earlier version by the names of attack and design."""
+    attack, design = row["attack"], str(row.get("design", "–"))
+    setting = str(row.get("setting", "–")).partition(";")[0]
+    observer = str(row.get("observer", "–"))
+    return design, setting, observer, phase_of(attack, design, row.get("phase")), knows_of(attack, row.get("knows"))
+
+
+def _told(who: Who) -> list[str]:
+    design, setting, observer, phase, knows = who
+    return [f"`{design}`", setting, observer, told_phase(phase) or "–", told_knows(knows)]
+
+
+def _place(order: Sequence[str], name: str | None) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _strongest(rows: list[Row]) -> list[str]:
+    measured = [row for row in rows if "value" in row]
+    if not measured:
+        counted = [_counted(row) for row in rows if "nothing" in row]
+        return (
+            ["–", counted[0], "–", "–"]
+            if counted
+            else [f"`{rows[0]['attack']}`", "withheld: a control failed", "–", "–"]
+        )
+    worst = max(measured, key=lambda row: row["value"])
+    interval = "" if worst["ci95"] is None else f"{worst['ci95'][0]:.2f}–{worst['ci95'][1]:.2f}, "
+    told = "; ".join([f"`{worst['attack']}`", *(part.strip() for part in worst["setting"].split(";")[1:])])
+    controls = [f"{worst[name]:.2f}" for name in ("leaky_control", "shuffled_control")]
+    return [told, f"{worst['value']:.2f} ({interval}n = {worst['n']})", *controls]
+
+
+def _counted(row: Row) -> str:
+    """That nothing crossed, as it was counted."""
+    counted = row["nothing"]
+    returned = f"; {counted['returned']} message(s) with layers tuned on them" if counted["returned"] else ""
+    return f"nothing crossed: {counted['passes']} of {counted['passes'] + counted['others']} passes{returned}"
 
 
 def _headlines(rows: list[Row]) -> list[Row]:
-    """One row an attack, design and setting: its first metric of `HEADLINES`, or the reason why it has none."""
+    """One row an attack, design, setting and phase: its first metric of `HEADLINES`, or the reason why it has none."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(str(row.get(name)) for name in ("design", "setting", "observer", "attack")), []).append(
-            row
-        )
+        names = ("design", "setting", "observer", "attack", "phase")
+        groups.setdefault(tuple(str(row.get(name)) for name in names), []).append(row)
     chosen: list[Row] = []
     for group in groups.values():
         by_metric = {row.get("metric"): row for row in group}

@@ -206,7 +206,7 @@ def claims_attacks() -> str:
 
 
 def leaks() -> str:
-    """The strongest text reconstruction of each design."""
+    """The strongest text reconstruction of each design, by texts and by what the attacker knows."""
     return claims.leaks(rows_of, _markdown)
 
 

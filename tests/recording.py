@@ -27,6 +27,23 @@ def write_letters(path: Path, count: int, seed: int) -> Path:
     return path
 
 
+def write_questions(directory: Path) -> Path:
+    """A task of four questions; its YAML."""
+    rows = [
+        {"query": f"{word} number {number}", "choices": ["yes", "perhaps"], "label": number % 2}
+        for number, word in enumerate(("Lemon", "Quartz", "Violin", "Harbour"))
+    ]
+    (directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = directory / "questions.yaml"
+    path.write_text(
+        f"task: questions\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {directory / 'questions.jsonl'}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: label\nmetric_list:\n  - metric: acc\n",
+        encoding="utf-8",
+    )
+    return path
+
+
 def recorder(directory: Path, configure: Callable[[str, Path, str], Config], *, texts: int, public: int) -> Record:
     """Tuning runs by name, each made once; beside them ``public.jsonl``.
 

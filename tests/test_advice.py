@@ -14,7 +14,7 @@ from veiltune.errors import UserError
 from veiltune.evaluation.advice import Advice, advise
 from veiltune.evaluation.advice_needs import Needs, read_needs
 from veiltune.results import Cost, Machine, Measurement, RunResult, Spread
-from veiltune.study_records import AttackCell, AttackFigure, RunCell, append_record
+from veiltune.study_records import AttackCell, AttackFigure, NothingCrossed, RunCell, append_record
 
 MODEL, TASK = "package:tiny", "quiz"
 MEASURED: dict[str, tuple[float, float, float]] = {
@@ -160,7 +160,7 @@ def test_a_ceiling_on_text_is_kept_by_the_figure_or_the_whole_interval(
     assert check.measured == pytest.approx(0.3 if confidence == "point" else 0.35)
     if not kept:
         assert f"breaks at most {bound:g}" in why(advice, "obfuscatune")
-        assert "guess gets rougeL 0.300 [0.250, 0.350]" in why(advice, "obfuscatune")
+        assert "guess, knowing not stated, gets rougeL 0.300 [0.250, 0.350]" in why(advice, "obfuscatune")
 
 
 def test_the_designs_own_table_decides_where_it_can(tmp_path: Path) -> None:
@@ -179,7 +179,41 @@ def test_the_strongest_attack_counts_by_the_asked_end(tmp_path: Path) -> None:
         advice = advised(
             tmp_path / confidence, {"confidence": confidence, "observer": {"provider": {"text": 0.05}}}, both
         )
-        assert f"{by} gets rougeL" in why(advice, "gradfree")
+        assert f"{by}, knowing not stated, gets rougeL" in why(advice, "gradfree")
+
+
+def test_only_what_the_observer_is_taken_to_know_counts(tmp_path: Path) -> None:
+    records = [
+        *(run_cell(design) for design in MEASURED),
+        attack_cell("online", knows="nothing", value=0.1),
+        attack_cell("online", cell="2", attack="learned", knows="public_text", value=0.4),
+        attack_cell("online", cell="3", attack="asked", knows="nothing", phase="questions", value=0.8),
+    ]
+
+    def refused(directory: str, **stated: Any) -> str:
+        advice = advised(tmp_path / directory, {"observer": {"provider": {"text": 0.3, **stated}}}, records)
+        return "" if "online" in names(advice) else why(advice, "online")
+
+    assert "asked, knowing nothing, gets rougeL 0.800" in refused("a")
+    assert "learned of tuning texts, knowing public text, gets rougeL 0.400" in refused("b", phases=["tuning"])
+    assert "learned of tuning" in refused("c", phases=["tuning"], knows=["public_ancestor"]), "who has more has that"
+    assert refused("d", phases=["tuning"], knows=[]) == ""
+    assert "asked of questions" in refused("e", phases=["tuning", "questions"], knows=[])
+    assert "no attack of this observer reconstructs text of generation" in refused("f", phases=["generation"])
+
+
+def test_texts_that_never_crossed_are_kept_by_the_transcript_and_returned_layers_are_no_record(tmp_path: Path) -> None:
+    needs = {"observer": {"provider": {"text": 0.0, "phases": ["tuning"]}}}
+    for returned, kept in ((0, True), (1, False)):
+        nothing = NothingCrossed(passes=0, others=5, returned=returned)
+        cells = [attack_cell("gradfree", figures={}, phase="tuning", knows="nothing", nothing=nothing)]
+        advice = advised(tmp_path / str(returned), needs, [*(run_cell(design) for design in MEASURED), *cells])
+        assert ("gradfree" in names(advice)) is kept
+        if kept:
+            (check,) = next(each for each in advice.advised if each.design == "gradfree").checks[:1]
+            assert (check.by, check.measured) == ("transcript", 0.0)
+        else:
+            assert "layers tuned on the text" in why(advice, "gradfree")
 
 
 @pytest.mark.parametrize(("confidence", "kept"), [("point", ["local", "obfuscatune"]), ("interval", [])])
@@ -304,6 +338,8 @@ def test_records_of_another_model_or_task_or_none_are_an_error(tmp_path: Path) -
         ("[observr.host]\ntext = 0.1", "observr"),
         ("[observer.host]\ntxt = 0.1", "observer.host.txt"),
         ("[observer.host]\ntext = 1.5", "observer.host.text"),
+        ('[observer.host]\nknows = ["everything"]', "observer.host.knows"),
+        ("[observer.host]\nphases = []", "observer.host.phases"),
         ("[observer.cloud]\ntext = 0.5", "observer"),
         ("[observer.owner]\ntext = 0.5", "the owner's own"),
         ("[observer.provider]\nweight_share = 0.5", "the provider's own"),

@@ -110,7 +110,7 @@ def test_settings_are_checked(recorded: Record) -> None:
 def test_held_out_text_is_not_learnt_from(recorded: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the thief learns from holds none of the texts that it is measured on."""
     from veiltune.attacks import emulator
-    from veiltune.evaluation import attacking
+    from veiltune.evaluation import scoring
 
     learnt: list[list[int]] = []
     measured: list[list[int]] = []
@@ -125,7 +125,7 @@ def test_held_out_text_is_not_learnt_from(recorded: Record, monkeypatch: pytest.
         return predictions(model, text)
 
     monkeypatch.setattr(emulator, "_text_losses", learning)
-    monkeypatch.setattr(attacking, "predictions", measuring)
+    monkeypatch.setattr(scoring, "predictions", measuring)
     attack_run(
         recorded("half"),
         make_attack("emulator_misuse", {"steps": 1}),

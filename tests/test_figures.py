@@ -57,6 +57,34 @@ def test_a_withheld_attack_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "withheld | the leaky control failed" in made
 
 
+def test_attackers_are_told_apart_by_what_they_know_and_are_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {**FOUND, "n": 8}
+    learned = {**first, "attack": "ridge_inverter", "value": 0.44}
+    asked = {**first, "phase": "questions", "value": 0.95}
+    counted = {"passes": 0, "others": 7, "returned": 1}
+    nothing = {**{key: FOUND[key] for key in ("attack", "observer", "setting")}, "design": "offline", "phase": "tuning"}
+    other = {**first, "design": "offline", "setting": "other"}
+    rows = [first, learned, asked, {**nothing, "nothing": counted}, other]
+    monkeypatch.setattr(tables, "rows_of", lambda _: rows)
+    lines = [line for line in tables.leaks().splitlines() if line.startswith("| `")]
+    assert [line.split(" | ")[3:5] for line in lines] == [
+        ["tuning texts", "nothing"],
+        ["tuning texts", "public text"],
+        ["questions", "nothing"],
+        ["tuning texts", "nothing"],
+        ["tuning texts", "nothing"],
+        ["questions", "nothing"],
+    ]
+    assert [("0.87" in line, "0.44" in line, "0.95 (" in line) for line in lines[:3]] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
+    assert "nothing crossed: 0 of 7 passes; 1 message(s) with layers tuned on them" in lines[3]
+    assert "not counted yet" in lines[4]
+    assert "recorded passes | nothing crossed: 0 of 7" in tables.claims_attacks()
+
+
 def test_errors_stand_beside_their_bounds_and_one_beyond_is_marked() -> None:
     row = {"design": "obfuscatune", "matrix": "orthogonal", "condition_number": 1.0, "dtype": "float32"}
     for error, verdict in ((1e-6, "| within |"), (1e-2, "**beyond**")):

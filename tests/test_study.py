@@ -19,7 +19,7 @@ from rich.console import Console
 import helpers
 from commands import Ran, outside, runner
 from cutting import deep_model
-from recording import write_letters
+from recording import write_letters, write_questions
 from veiltune.arguments import VERBS, build_parser
 from veiltune.comparing import StudyDisplay
 from veiltune.errors import ConfigError, UserError
@@ -427,6 +427,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"attacks": {"gram_anchors": {"settings": {"anchor": 2}}}}, "attacks.gram_anchors", "'anchors'"),
     ({"attacks": {"gram_anchors": {"momnet": "last"}}}, "attacks.gram_anchors.momnet", "'moment'"),
     ({"attacks": {"gram_anchors": {"moment": "middle"}}}, "attacks.gram_anchors.moment", ""),
+    ({"attacks": {"gram_anchors": {"phases": ["tunning"]}}}, "attacks.gram_anchors.phases", ""),
+    ({"attacks": {"gram_anchors": {"phases": []}}}, "attacks.gram_anchors.phases", ""),
     ({"attacks": {"gram_anchors": {}, "again": {"attack": "gram_anchors", "limit": 9}}}, "attacks.gram_anchors is", ""),
     ({"data": {"train": "elsewhere.jsonl"}}, "data.train", "task"),
     ({"session": {"record": ["host"]}}, "session.record", "attacks"),
@@ -494,6 +496,60 @@ def test_attacks_go_where_they_are_made_for_or_where_they_are_named(tmp_path: Pa
     assert found[1] == ["vocabulary_matching"]
     assert found[2] == ["gram_anchors", "known_plaintext", "known_plaintext"]
     assert found[3:] == [[], []]
+
+
+def phased(directory: Path, **changes: Any) -> dict[str, list[tuple[str, str | None, str, int]]]:
+    """By design: attack, phase, moment and limit of each cell that is planned."""
+    write_letters(directory / "held_out.jsonl", 4, seed=3)
+    task = {"name": "letters", "train": str(directory / "victim.jsonl"), "evaluate": [str(write_questions(directory))]}
+    study = planned(directory, **{"tasks": [{**task, "validation": str(directory / "held_out.jsonl")}], **changes})
+    return {
+        run.config.design: [(each.attack.name, each.phase, each.moment, each.limit) for each in run.attacks]
+        for run in study.runs
+    }
+
+
+def test_each_phase_that_a_run_has_is_attacked_the_later_ones_briefly(tmp_path: Path) -> None:
+    attacks = {
+        "matching": {"attack": "vocabulary_matching", "limit": 9},
+        "tuned": {"attack": "vocabulary_matching", "moment": "last", "limit": 9},
+        "labels": {"attack": "gradient_labels"},
+        "ridge": {"attack": "ridge_inverter", "phases": ["questions"], "limit": 7},
+        "misuse": {"attack": "emulator_misuse"},
+    }
+    designs = [ONLINE, {"design": "offline"}, {"design": "local"}]
+    found = phased(tmp_path, attacks=attacks, designs=designs)
+    assert found["local"] == []
+    assert found["online"] == [
+        ("vocabulary_matching", "tuning", "first", 9),
+        ("vocabulary_matching", "tuning", "last", 9),
+        ("gradient_labels", "tuning", "first", 8),
+        ("vocabulary_matching", "validation", "last", 4),
+        ("vocabulary_matching", "questions", "last", 4),
+        ("ridge_inverter", "questions", "last", 7),
+    ], "later phases once, whatever moments of tuning are asked for"
+    assert found["offline"] == [
+        ("vocabulary_matching", "tuning", "first", 9),
+        ("vocabulary_matching", "validation", "last", 9),
+        ("vocabulary_matching", "questions", "last", 9),
+        ("ridge_inverter", "questions", "last", 7),
+        ("emulator_misuse", None, "first", 8),
+    ], "where nothing crosses one attack an observer counts, and questions are what there is to attack"
+
+
+def test_that_nothing_crossed_is_recorded_as_a_count(
+    tmp_path: Path, compare: Callable[..., Ran], counted: Counted
+) -> None:
+    offline = {"design": "offline", "offline": {"emulator": {"layers": 1}, "plug_in": True}}
+    write_study(tmp_path, designs=[offline], attacks={"vocabulary_matching": {"limit": 2}})
+    ran = compare("--json")
+    assert ran.code == 0, ran.err
+    _, cell = records_of(tmp_path)
+    assert isinstance(cell, AttackCell)
+    assert (cell.status, cell.phase, cell.knows, cell.figures) == ("ok", "tuning", "nothing", {})
+    assert cell.nothing is not None
+    assert (cell.nothing.passes, cell.nothing.returned) == (0, 1)
+    assert counted.attacks == ["vocabulary_matching"]
 
 
 CHANGED: list[tuple[dict[str, Any], bool, bool]] = [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -17,8 +18,20 @@ from veiltune.report.studies import notes, pareto, sweeps, tables
 from veiltune.report.studies.grid import Grid, shown
 from veiltune.report.studies.published import ALTERNATIVES
 from veiltune.results import Cost, Measurement, Spread
-from veiltune.study_records import append_record, read_study
-from veiltune.study_summary import Absent, AttackRow, CostSummary, Estimate, Exposure, Row, Worst, summarise
+from veiltune.study_records import AttackCell, NothingCrossed, RunCell, append_record, read_study
+from veiltune.study_summary import (
+    Absent,
+    Attacker,
+    AttackRow,
+    CostSummary,
+    Estimate,
+    Exposure,
+    Row,
+    Uncrossed,
+    Worst,
+    summarise,
+)
+from veiltune.study_terms import Knows, Phase, within
 from veiltune.study_values import difference, pooled
 
 TASK = TASKS[0]
@@ -101,11 +114,11 @@ def test_of_attacks_the_strongest_counts_whatever_it_is_told_in() -> None:
     run = run_cell("online")
     records = [
         run,
-        attack_cell(run, "learned_inverter", value=0.2),
+        attack_cell(run, "activation_inversion", value=0.2),
         attack_cell(run, "vocabulary_matching", value=0.9, metrics=("token_recovery",), moment="last"),
-        attack_cell(run, "aligner", value=0.99, metrics=("state_cosine",)),
+        attack_cell(run, "gradient_labels", value=0.99, metrics=("state_cosine",)),
     ]
-    worst = one(records).worst["provider"]
+    worst = one(records).worst[Attacker("provider", "tuning", "nothing")]
     assert isinstance(worst, Worst)
     assert (worst.by.attack, worst.metric, worst.figure.estimate.value) == (
         "vocabulary_matching",
@@ -120,10 +133,132 @@ def test_states_stand_in_where_no_attack_reads_text_and_weights_are_told_apart()
     states = attack_cell(run, "known_plaintext", value=0.7, metrics=("state_cosine",), observer="host")
     weights = attack_cell(run, "procrustes", value=0.99, metrics=("weight_cosine",), observer="host")
     row = one([run, states, weights], design="obfuscatune")
-    assert isinstance(row.worst["host"], Worst)
-    assert row.worst["host"].metric == "state_cosine"
-    assert row.worst_weights["host"].figure.estimate.value == 0.99
-    assert isinstance(one([run, weights], design="obfuscatune").worst["host"], Absent)
+    worst = row.worst[Attacker("host", "tuning", "known_plaintext")]
+    assert isinstance(worst, Worst)
+    assert worst.metric == "state_cosine"
+    assert row.worst_weights[Attacker("host", "tuning", "public_ancestor")].figure.estimate.value == 0.99
+    assert [*map(type, one([run, weights], design="obfuscatune").worst.values())] == [Absent]
+
+
+# --- who attacks, and what ---------------------------------------------------------------------------------------------
+
+
+def test_attackers_who_know_different_things_are_never_put_together() -> None:
+    run = run_cell("online")
+    learned = attack_cell(run, "ridge_inverter", value=0.6)
+    row = one([run, learned, attack_cell(run, "vocabulary_matching", value=0.9)])
+    values = {who.knows: each.figure.estimate.value for who, each in row.worst.items() if isinstance(each, Worst)}
+    assert values == {"nothing": 0.9, "public_text": 0.6}
+    grid = tables.privacy(MODEL, [row])
+    lines = [" | ".join(shown(cell).text for cell in line) for line in grid.rows]
+    assert len(lines) == 2
+    assert "tuning | nothing | vocabulary_matching | rougeL | 0.900" in lines[0]
+    assert "tuning | public text | ridge_inverter | rougeL | 0.600" in lines[1]
+    weaker = one([run, learned, attack_cell(run, "vocabulary_matching", value=0.3)])
+    panels = {each.knows: each for each in pareto.panels_of(TASK, [weaker])}
+    privacy = {knows: pareto.points_of(panel)[0][0].privacy.value for knows, panel in panels.items()}
+    assert privacy == pytest.approx({"nothing": 0.7, "public_text": 0.4}), (
+        "who has public text can do what needs nothing"
+    )
+    stronger = pareto.points_of(pareto.panels_of(TASK, [row])[1])[0][0].privacy.value
+    assert stronger == pytest.approx(0.1), "so more knowledge never gets less"
+
+
+@pytest.mark.parametrize(
+    ("knows", "allowed", "can"),
+    [
+        ("nothing", (), True),
+        ("public_text", (), False),
+        ("public_text", ("public_text",), True),
+        ("public_text", ("public_ancestor",), True),
+        ("public_ancestor", ("known_plaintext",), False),
+        ("known_plaintext", ("public_ancestor",), False),
+        ("known_plaintext", ("public_ancestor", "known_plaintext"), True),
+        ("known_plaintext", None, True),
+        (None, (), True),
+    ],
+)
+def test_knowledge_is_held_against_an_assumption(
+    knows: Knows | None, allowed: tuple[Knows, ...] | None, can: bool
+) -> None:
+    assert within(knows, allowed) is can
+
+
+@pytest.mark.parametrize(
+    ("design", "attack", "knows", "phase"),
+    [
+        ("online", "vocabulary_matching", "nothing", "tuning"),
+        ("gradfree", "ridge_inverter", "public_text", "tuning"),
+        ("offline", "vocabulary_matching", "nothing", "questions"),
+        ("veil", "procrustes", "public_ancestor", "tuning"),
+        ("offline", "emulator_misuse", "public_text", None),
+        ("online", "of tomorrow", None, "tuning"),
+    ],
+)
+def test_records_of_an_earlier_version_say_by_their_names_who_attacked(
+    design: str, attack: str, knows: Knows | None, phase: Phase | None, tmp_path: Path
+) -> None:
+    run = run_cell(design)
+    cell = attack_cell(run, attack)
+    assert (cell.knows, cell.phase) == (None, None)
+    line = {
+        k: v
+        for k, v in json.loads(cell.model_dump_json(by_alias=True)).items()
+        if k not in {"knows", "phase", "nothing"}
+    }
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    append_record(tmp_path / "results.jsonl", run)
+    (row,) = summarise(read_study(tmp_path / "results.jsonl"))
+    assert (row.attacks[0].knows, row.attacks[0].phase) == (knows, phase)
+
+
+def counted(run: RunCell, **counts: int) -> AttackCell:
+    nothing = NothingCrossed(**{"passes": 0, "others": 12, **counts})
+    return attack_cell(run, "vocabulary_matching", metrics=()).model_copy(
+        update={"cell": "counted", "phase": "tuning", "knows": "nothing", "nothing": nothing}
+    )
+
+
+def test_of_texts_that_never_crossed_the_count_is_shown_and_questions_stand_apart() -> None:
+    run = run_cell("offline")
+    asked = attack_cell(run, "vocabulary_matching", value=0.9).model_copy(update={"phase": "questions"})
+    row = one([run, counted(run), asked], design="offline")
+    assert isinstance(row.worst[Attacker("provider", "tuning", "nothing")], Uncrossed)
+    tuning, questions = row.exposure_to(phases=("tuning",)), row.exposure_to(phases=("questions",))
+    assert isinstance(tuning, Exposure)
+    assert isinstance(questions, Exposure)
+    assert (tuning.estimate.value, tuning.by_design) == (0.0, False)
+    assert (questions.estimate.value, row.exposure) == (0.9, questions)
+    lines = [" | ".join(shown(cell).text for cell in line) for line in tables.privacy(MODEL, [row]).rows]
+    assert "tuning | nothing | none: nothing crossed | recorded passes | 0.000: 0 of 12" in lines[0]
+    assert "questions | nothing | vocabulary_matching | rougeL | 0.900" in lines[1]
+    assert "counted" in shown(tables.attack_tables(MODEL, [row])["vocabulary_matching"].rows[0][-1]).text
+
+
+def test_returned_layers_are_no_nothing() -> None:
+    """They were tuned on the text: until an attack on them is measured, nobody knows what they say of it."""
+    run = run_cell("offline")
+    row = one([run, counted(run, returned=1)], design="offline")
+    worst = row.worst[Attacker("provider", "tuning", "nothing")]
+    assert isinstance(worst, Absent)
+    assert "1 message(s) with layers tuned on the text" in str(worst)
+    assert isinstance(row.exposure_to(phases=("tuning",)), Absent)
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_who_was_sent_what_was_tuned_is_told_by_the_run_and_not_by_the_table(sent: bool) -> None:
+    kinds = {"AdapterTensors": 1} if sent else {"Goodbye": 1}
+    row = one([run_cell("veil", cost=Cost(messages={"enclave->provider": kinds}))], design="veil")
+    assert ("provider" in {who.observer for who in row.worst}) is sent
+    assert ("layers tuned on the text" in str([*row.worst.values()])) is sent
+
+
+def test_where_tuning_was_not_counted_it_is_missing_and_no_zero() -> None:
+    run = run_cell("offline")
+    row = one([run, attack_cell(run, "vocabulary_matching", value=0.9)], design="offline")
+    assert "was not counted here" in str(row.worst[Attacker("provider", "tuning", "nothing")])
+    assert isinstance(row.exposure_to(phases=("tuning",)), Absent)
+    assert row.exposure_to(phases=("questions",)) == row.exposure_to(None, ("questions",), "provider")
 
 
 def test_of_controls_over_seeds_the_weaker_ones_are_told() -> None:
@@ -227,7 +362,10 @@ def test_the_front_is_what_no_other_point_beats(values: list[tuple[int, int]]) -
 
 def test_privacy_is_one_less_reconstruction_with_its_interval_turned() -> None:
     run = run_cell("online")
-    drawn, left_out = pareto.points_of(summarise([run, attack_cell(run, value=0.3, half=0.1), run_cell("split")]))
+    rows = summarise([run, attack_cell(run, value=0.3, half=0.1), run_cell("split")])
+    (panel,) = pareto.panels_of(TASK, rows)
+    assert panel.title == f"{TASK}: tuning texts, by whoever knows at most public text"
+    drawn, left_out = pareto.points_of(panel)
     assert (drawn[0].privacy.value, *drawn[0].privacy.bounds) == pytest.approx((0.7, 0.6, 0.8))
     assert left_out == ["split (missing: no attack)"]
 
@@ -238,14 +376,15 @@ def test_labels_cover_neither_one_another_nor_a_marker(settings: int, numbered: 
     for at in range(settings):
         run = run_cell("online", f"a rather long name of setting {at}", value=0.4 + 0.004 * (at % 5))
         records += [run, attack_cell(run, value=0.3 + 0.025 * at)]
-    picture = pareto.draw([(TASK, summarise(records))])
+    (panel,) = pareto.panels_of(TASK, summarise(records))
+    picture = pareto.draw([panel])
     renderer = picture.canvas.get_renderer()
     texts = [each for each in picture.axes[0].texts if each.get_text()]
     assert len(texts) == settings
     assert all(each.get_text().isdigit() for each in texts) is numbered
     boxes = [each.get_window_extent(renderer).shrunk(0.98, 0.98) for each in texts]
     assert not any(a.overlaps(b) for at, a in enumerate(boxes) for b in boxes[:at])
-    drawn, _ = pareto.points_of(summarise(records))
+    drawn, _ = pareto.points_of(panel)
     centres = [picture.axes[0].transData.transform((each.privacy.value, each.utility.value)) for each in drawn]
     assert not any(box.contains(x, y) for box in boxes for x, y in centres)
     if numbered:
@@ -340,7 +479,8 @@ def test_the_page_can_be_read_without_seeing_it(report: Path) -> None:
     assert reader.tables
     assert all(all(parts.values()) for parts in reader.tables)
     pictures = [attributes for tag, attributes in reader.tags if tag == "svg"]
-    assert len(pictures) == len(TASKS) + 2
+    kinds = {"nothing", "public text", "known plaintext"}  # that attacks of the comparison know
+    assert len(pictures) == len(TASKS) * len(kinds) + 2
     assert all(len(each["aria-label"] or "") > 60 and each["role"] == "img" for each in pictures)
     identifiers = [str(attributes["id"]) for _, attributes in reader.tags if attributes.get("id")]
     assert len(identifiers) == len(set(identifiers))
@@ -377,7 +517,7 @@ def test_page_and_markdown_hold_the_same_figures(report: Path) -> None:
     markdown = (report / "tables.md").read_text(encoding="utf-8")
     text, _ = read(report)
     row = one(comparison(), "int4, α = 16")
-    assert isinstance(row.worst["provider"], Worst)
+    assert isinstance(row.worst[Attacker("provider", "tuning", "public_text")], Worst)
     for figure in ("0.240", "0.336", "340.0 kB", "0.910 to 1.000"):
         assert figure in markdown
         assert figure in text

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from veiltune import __version__
 from veiltune.errors import UserError
+from veiltune.study_terms import PHASES
 
 VERBS = (
     *("demo", "tune", "generate", "verify", "inspect", "protect", "attack", "compare", "advise", "party", "keygen"),
@@ -154,6 +155,11 @@ def _add_attack(verbs: Any, run: Command) -> None:
         choices=("first", "last"),
         default="first",
         help="texts that crossed first, or last, when layers were tuned",
+    )
+    attack.add_argument(
+        "--phase",
+        choices=tuple(PHASES),
+        help="which of the owner's texts (default: the first of these of which something crossed)",
     )
     attack.add_argument(
         "--limit", type=_integer(2), default=8, metavar="N", help="sequences to reconstruct (default: %(default)s)"

@@ -248,13 +248,16 @@ def _attack(options: argparse.Namespace) -> int:
         options.attacked,
         attack,
         moment=options.at,
+        phase=options.phase,
         limit=options.limit,
         seed=options.seed,
         corpus=options.corpus,
         say=lambda line: screen.print(line, markup=False),
     )
     if options.json:
-        print(to_json({"rows": [finding.as_row() for finding in attacked.findings]}))
+        nothing = None if attacked.nothing is None else asdict(attacked.nothing)
+        rows = [finding.as_row() for finding in attacked.findings]
+        print(to_json({"phase": attacked.phase, "nothing": nothing, "rows": rows}))
     screen.print(attack_table(attacked.findings))
     return 0
 

@@ -15,6 +15,7 @@ from veiltune.config import Config
 from veiltune.display import Display, console
 from veiltune.errors import UserError
 from veiltune.evaluation import is_simulated
+from veiltune.evaluation.asked import keep_asked
 from veiltune.parties import Job
 from veiltune.session import run_session
 from veiltune.training import COMMIT
@@ -43,7 +44,7 @@ def run_generate(config: Config, prompt: str, decoding: Mapping[str, Any], *, as
     with ExitStack() as stack:
         title = f"asking {config.model} under {config.design}, {'as tuned' if is_tuned else 'not tuned'}"
         display = stack.enter_context(Display(console(), title))
-        if not is_tuned:  # leave the output directory to the run that will make it
+        if not is_tuned and not config.session.record:  # leave the output directory to the run that will make it
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="veiltune-generate-"))
             config = config.model_copy(update={"output": Path(scratch) / "run"})
 
@@ -56,6 +57,7 @@ def run_generate(config: Config, prompt: str, decoding: Mapping[str, Any], *, as
 
         job = Job(verb="generate", prompt=prompt, settings=settings)
         outcome = run_session(config, job, on_event=on_event, resume=is_tuned)
+        keep_asked(Path(config.output), outcome.owner["generated"])
     answer = {**outcome.owner["generated"], "is_tuned": is_tuned, "settings": settings}
     asked = {"design": config.design, "model": config.model}
     print(json.dumps({**asked, **answer, "simulated_enclave": is_simulated(outcome)}) if as_json else "", flush=True)  # noqa: T201

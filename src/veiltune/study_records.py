@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from veiltune.errors import DataError
 from veiltune.results import Record, RunResult
+from veiltune.study_terms import Knows, Phase
 
 STUDY_SCHEMA = 1
 
@@ -36,6 +37,20 @@ class TextSample(Record):
 
     truth: str
     found: str
+
+
+class NothingCrossed(Record):
+    """Of a phase's texts nothing crossed, counted in the observer's transcript: not a figure of any attack.
+
+    Attributes:
+        passes: recorded passes of the phase.
+        others: recorded passes, every one of which is of another phase.
+        returned: messages with layers that were tuned on the owner's text.
+    """
+
+    passes: int = Field(ge=0)
+    others: int = Field(ge=0)
+    returned: int = Field(default=0, ge=0)
 
 
 class Cell(Record):
@@ -91,6 +106,9 @@ class AttackCell(Cell):
         attack_setting: its settings that are not the defaults, as ``key=value, …``.
         moment: the first texts that crossed or the last.
         observer: whose view it read.
+        knows: what it takes beyond what the observer has; ``None`` in records of an earlier version, where its name tells.
+        phase: whose texts it was after; ``None``: of an earlier version, or no attack on texts.
+        nothing: that nothing of the phase crossed, so that there was nothing to attack; then there are no figures.
         figures: by metric; empty where the status is not ``ok``.
         samples: a few texts with what was made of them.
     """
@@ -101,6 +119,9 @@ class AttackCell(Cell):
     attack_setting: str = ""
     moment: Literal["first", "last"]
     observer: str
+    knows: Knows | None = None
+    phase: Phase | None = None
+    nothing: NothingCrossed | None = None
     figures: dict[str, AttackFigure] = Field(default_factory=dict)
     samples: list[TextSample] = Field(default_factory=list)
 

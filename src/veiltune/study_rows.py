@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from veiltune.results import EnclaveCost, Spread
-from veiltune.study_records import TextSample
+from veiltune.study_records import NothingCrossed, TextSample
+from veiltune.study_terms import Knows, Phase, told_knows, told_phase, within
 from veiltune.study_values import Absent, Controlled, Estimate
 
 TEXT_METRICS = ("rougeL", "token_recovery")
@@ -26,12 +27,32 @@ class DesignFacts:
         clear_to: those of them that receive the owner's training text as it is.
         trained: the option ``layers`` of the `local` runs that train the same layers.
         needs_enclave: whether trusted hardware is part of it.
+        tunes_apart: whether the owner tunes against an emulator of its own, so that by the table no state crosses meanwhile.
     """
 
     observers: tuple[str, ...] = ()
     clear_to: tuple[str, ...] = ()
     trained: str = "all"
     needs_enclave: bool = False
+    tunes_apart: bool = False
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """Who is after what: figures of two of these are never put together.
+
+    Attributes:
+        observer: whose view is read.
+        phase: whose texts it is after; ``None``: not stated.
+        knows: what it takes beyond what that observer has; ``None``: not stated.
+    """
+
+    observer: str
+    phase: Phase | None
+    knows: Knows | None
+
+    def __str__(self) -> str:
+        return f"{self.observer}, {told_phase(self.phase) or 'texts not stated'}, knows {told_knows(self.knows)}"
 
 
 @dataclass(frozen=True)
@@ -43,8 +64,11 @@ class AttackRow:
         setting: that are not its defaults.
         moment: the first texts that crossed, or the last.
         observer: whose view it read.
+        knows: what it takes beyond what that observer has; ``None``: not stated.
+        phase: whose texts it was after; ``None``: it is no attack on texts.
         figures: by metric; empty where no seed has any.
-        absent: why there is none; None if there are figures.
+        absent: why there is none; None if there are figures, or nothing crossed.
+        nothing: that nothing of the phase crossed, as the transcript says: of several seeds the most that did.
         notes: what befell single seeds beside those measured.
         samples: texts with what was made of them, of the first seed that has some.
     """
@@ -53,16 +77,26 @@ class AttackRow:
     setting: str
     moment: str
     observer: str
+    knows: Knows | None
+    phase: Phase | None
     figures: Mapping[str, Controlled]
     absent: Absent | None
+    nothing: NothingCrossed | None = None
     notes: tuple[str, ...] = ()
     samples: tuple[TextSample, ...] = field(default=(), repr=False)
 
     @property
     def label(self) -> str:
         """Name, setting and moment, for people."""
+        if self.nothing is not None:
+            return "count of what crossed"
         setting = f" ({self.setting})" if self.setting else ""
         return f"{self.attack}{setting}{', last texts' if self.moment == 'last' else ''}"
+
+    @property
+    def attacker(self) -> Attacker:
+        """Who made it."""
+        return Attacker(self.observer, self.phase, self.knows)
 
     @property
     def text_metric(self) -> str | None:
@@ -84,25 +118,43 @@ class Worst:
 
 
 @dataclass(frozen=True)
+class Uncrossed:
+    """Nothing of the texts crossed to one observer: counted, and no figure of an attack."""
+
+    counted: NothingCrossed
+    seeds: int = 1
+
+    @property
+    def estimate(self) -> Estimate:
+        """None of the text; a count has an interval of no width."""
+        return Estimate(0.0, 0.0, 0.0, max(1, self.counted.others), self.seeds)
+
+    def __str__(self) -> str:
+        return f"nothing crossed (0 of {self.counted.passes + self.counted.others} recorded passes)"
+
+
+@dataclass(frozen=True)
 class Exposure:
     """How much of the text the observer who got most of it got.
 
     Attributes:
         estimate: of the reconstruction, from 0 to 1.
         observer: who.
-        worst: by which attack; None where the design hands the text over and no attack is needed.
-        unmeasured: observers of whom nothing was measured, so the true exposure may be higher.
+        worst: by which attack; None where the design hands the text over, or nothing crossed.
+        unmeasured: attackers of whom nothing was measured, so the true exposure may be higher.
+        uncrossed: that nothing crossed, where that is all there is.
     """
 
     estimate: Estimate
     observer: str
     worst: Worst | None
-    unmeasured: tuple[str, ...] = ()
+    unmeasured: tuple[Attacker, ...] = ()
+    uncrossed: Uncrossed | None = None
 
     @property
     def by_design(self) -> bool:
         """Whether it was not measured: the observer receives the text as it is."""
-        return self.worst is None
+        return self.worst is None and self.uncrossed is None
 
 
 @dataclass(frozen=True)
@@ -153,8 +205,8 @@ class Row:
         baseline: the setting of the unprotected row it is compared with; None if there is none.
         difference: of utilities, to that row; None for an unprotected row.
         attacks: on it.
-        worst: text reconstruction, by observer that the design or an attack names.
-        worst_weights: recovery of weights, by observer, where one was tried.
+        worst: the strongest text reconstruction by each attacker that the design or an attack names.
+        worst_weights: the strongest recovery of weights by each attacker, where one was tried.
         cost: of its runs.
         simulated: an enclave of its runs was no hardware: it protected nothing.
         reproducible: keys came from a seed.
@@ -176,8 +228,8 @@ class Row:
     baseline: str | None
     difference: Estimate | Absent | None
     attacks: tuple[AttackRow, ...]
-    worst: Mapping[str, Worst | Absent]
-    worst_weights: Mapping[str, Worst]
+    worst: Mapping[Attacker, Worst | Uncrossed | Absent]
+    worst_weights: Mapping[Attacker, Worst]
     cost: CostSummary | Absent
     simulated: bool
     reproducible: bool
@@ -189,15 +241,39 @@ class Row:
 
     @property
     def exposure(self) -> Exposure | Absent:
-        """The strongest reconstruction over all observers; an attack's figure beats what was never measured."""
-        if self.facts.clear_to:
+        """The strongest reconstruction by anyone of anything: what the strongest knowledge gives."""
+        return self.exposure_to()
+
+    def exposure_to(
+        self,
+        knows: Collection[Knows] | None = None,
+        phases: Collection[Phase] | None = None,
+        observer: str | None = None,
+    ) -> Exposure | Absent:
+        """The strongest reconstruction by whoever knows no more than that; a figure beats what was never measured.
+
+        Args:
+            knows: what attackers have beside their view (`study_terms.within`); ``None``: anything.
+            phases: whose texts count; ``None``: all.
+            observer: whose view counts; ``None``: of all the one who gets most.
+        """
+        if self.facts.clear_to and observer in {None, *self.facts.clear_to}:
             everything = Estimate(1.0, None, None, 1, max(1, len(self.seeds)))
             return Exposure(everything, self.facts.clear_to[0], None)
-        found = {who: worst for who, worst in self.worst.items() if isinstance(worst, Worst)}
-        if not found:
-            return next(
-                (each for each in self.worst.values() if isinstance(each, Absent)), Absent("missing", "no attack")
-            )
-        who = max(found, key=lambda name: found[name].figure.estimate.value)
-        unmeasured = tuple(name for name in self.worst if name not in found)
-        return Exposure(found[who].figure.estimate, who, found[who], unmeasured)
+        asked = {
+            who: worst
+            for who, worst in self.worst.items()
+            if within(who.knows, knows)
+            and (phases is None or who.phase is None or who.phase in phases)
+            and observer in {None, who.observer}
+        }
+        unmeasured = tuple(who for who, worst in asked.items() if isinstance(worst, Absent))
+        found = {who: worst for who, worst in asked.items() if isinstance(worst, Worst)}
+        if found:
+            who = max(found, key=lambda name: found[name].figure.estimate.value)
+            return Exposure(found[who].figure.estimate, who.observer, found[who], unmeasured)
+        counted = next(((who, each) for who, each in asked.items() if isinstance(each, Uncrossed)), None)
+        if counted is not None and not unmeasured:
+            return Exposure(counted[1].estimate, counted[0].observer, None, (), counted[1])
+        absent = [each for each in asked.values() if isinstance(each, Absent)]
+        return next(iter(absent), Absent("missing", "no attack"))

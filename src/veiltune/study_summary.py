@@ -6,8 +6,8 @@ draw rows and advice compares them; neither aggregates again. ::
     rows = summarise(read_study(path))
     row.utility          # Estimate | Absent
     row.difference       # to the unprotected baseline of the same task: Estimate | Absent | None (the row is unprotected)
-    row.worst["host"]    # Worst | Absent: the strongest text reconstruction from what that observer saw
-    row.exposure         # Exposure | Absent: the strongest over all observers
+    row.worst            # by Attacker (observer, phase, knowledge): Worst | Uncrossed | Absent, never mixed
+    row.exposure         # Exposure | Absent: the strongest of all; exposure_to(knows, phases): of some
     row.cost             # CostSummary | Absent
 """
 
@@ -16,22 +16,34 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 from veiltune.results import Cost, EnclaveCost, Measurement, RunResult, Spread
+from veiltune.study_attacks import (
+    attack_rows,
+    design_facts,
+    knows_of,
+    notes_of,
+    phase_of,
+    results_sent,
+    why_absent,
+    worst_by_attacker,
+    worst_weights,
+)
 from veiltune.study_records import AttackCell, RunCell, runs_of
 from veiltune.study_rows import (
     STATE_METRIC,
     TEXT_METRICS,
     WEIGHT_METRIC,
+    Attacker,
     AttackRow,
     CostSummary,
     DesignFacts,
     Exposure,
     Row,
+    Uncrossed,
     Worst,
 )
-from veiltune.study_values import Absent, Controlled, Estimate, controlled, difference, pooled
+from veiltune.study_values import Absent, Controlled, Estimate, difference, pooled
 
 __all__ = [
     "STATE_METRIC",
@@ -39,14 +51,18 @@ __all__ = [
     "WEIGHT_METRIC",
     "Absent",
     "AttackRow",
+    "Attacker",
     "Controlled",
     "CostSummary",
     "DesignFacts",
     "Estimate",
     "Exposure",
     "Row",
+    "Uncrossed",
     "Worst",
     "design_facts",
+    "knows_of",
+    "phase_of",
     "settings_of",
     "summarise",
 ]
@@ -54,25 +70,6 @@ __all__ = [
 Records = Sequence[RunCell | AttackCell]
 RowKey = tuple[str, str, str, str]
 """Model, design, setting, task."""
-
-
-@lru_cache
-def design_facts(name: str) -> DesignFacts:
-    """Facts of a design by its name; of an unknown one (a record of another version), none."""
-    from veiltune.designs import DESIGNS
-
-    design = DESIGNS.get(name)
-    if design is None:
-        return DesignFacts()
-    others = {who: kinds for who, kinds in design.reveals.items() if who != "owner" and who not in design.enclaves}
-    clear = {who for who, kinds in others.items() if "TrainBatch" in kinds and kinds["TrainBatch"].form == "clear"}
-    seen = [who for who, kinds in others.items() if any(each.form in {"clear", "masked"} for each in kinds.values())]
-    return DesignFacts(
-        observers=tuple(seen),
-        clear_to=tuple(who for who in others if who in clear),
-        trained=design.baseline.get("layers", "all"),
-        needs_enclave=bool(design.enclaves),
-    )
 
 
 def summarise(records: Records) -> list[Row]:
@@ -122,10 +119,10 @@ def _row(key: RowKey, runs: Sequence[RunCell], attacks: Sequence[AttackCell], se
     done = [(run.seed, run.result) for run in runs if run.status == "ok" and run.result is not None]
     results = [result for _, result in done]
     bad = [run for run in runs if run.status != "ok" or run.result is None]
-    absent = None if results else _why(bad)
+    absent = None if results else why_absent(bad)
     metric = _metric(task, results)
     facts = design_facts(design)
-    rows = _attack_rows(key, attacks, absent)
+    rows = attack_rows([each for each in attacks if _key(each) == key], attacks, absent)
     return Row(
         model=model,
         design=design,
@@ -134,7 +131,7 @@ def _row(key: RowKey, runs: Sequence[RunCell], attacks: Sequence[AttackCell], se
         options=runs[0].options if runs else {},
         facts=facts,
         seeds=tuple(seed for seed, _ in done),
-        notes=_notes(runs, seeds) if results else (),
+        notes=notes_of(runs, seeds) if results else (),
         absent=absent,
         metric=metric.rpartition("/")[2],
         utility=_pool([result.utility for result in results], metric)
@@ -145,29 +142,12 @@ def _row(key: RowKey, runs: Sequence[RunCell], attacks: Sequence[AttackCell], se
         baseline=None,
         difference=None,
         attacks=rows,
-        worst=_worst(rows, facts, absent or Absent("missing", "no attack")),
-        worst_weights=_worst_weights(rows),
+        worst=worst_by_attacker(rows, facts, results_sent(results), absent or Absent("missing", "no attack")),
+        worst_weights=worst_weights(rows),
         cost=_cost(results) if results else absent or Absent("missing"),
         simulated=any(result.simulated_enclave for result in results),
         reproducible=any(result.labels.reproducible_secrets for result in results),
     )
-
-
-def _why(bad: Sequence[RunCell | AttackCell]) -> Absent:
-    """Why there is no figure, told by the first of the cells that have none."""
-    if not bad:
-        return Absent("missing")
-    first = bad[0]
-    if first.status == "withheld":
-        return Absent("withheld", first.error or "control failed")
-    return Absent("failed", first.error or "no reason recorded")
-
-
-def _notes(cells: Sequence[RunCell | AttackCell], seeds: Sequence[int]) -> tuple[str, ...]:
-    """What befell seeds that gave no figure, where others did."""
-    notes = [f"seed {cell.seed} {cell.status}: {cell.error}" for cell in cells if cell.status != "ok"]
-    missing = sorted(set(seeds) - {cell.seed for cell in cells})
-    return (*notes, *(f"seed {seed} missing" for seed in missing))
 
 
 def _metric(task: str, results: Sequence[RunResult]) -> str:
@@ -184,62 +164,6 @@ _NONE = Measurement(value=0.0, n=1, ci95=None)
 def _pool(utilities: Sequence[Mapping[str, Measurement]], metric: str) -> Estimate | None:
     found = [utility[metric] for utility in utilities if metric in utility]
     return pooled(found) if found else None
-
-
-# --- attacks ----------------------------------------------------------------------------------------------------------
-
-
-def _attack_rows(key: RowKey, attacks: Sequence[AttackCell], no_run: Absent | None) -> tuple[AttackRow, ...]:
-    """Every attack that was tried on the design anywhere, with what it came to here."""
-    tried = dict.fromkeys((each.attack, each.attack_setting, each.moment, each.observer) for each in attacks)
-    seeds = sorted({each.seed for each in attacks})
-    here = [each for each in attacks if _key(each) == key]
-    rows: list[AttackRow] = []
-    for heading in tried:
-        cells = [c for c in here if (c.attack, c.attack_setting, c.moment, c.observer) == heading]
-        done = [cell for cell in cells if cell.status == "ok" and cell.figures]
-        names = dict.fromkeys(name for cell in done for name in cell.figures)
-        rows.append(
-            AttackRow(
-                *heading,
-                figures={name: controlled([c.figures[name] for c in done if name in c.figures]) for name in names},
-                absent=None if done else (no_run if no_run and not cells else _why(cells)),
-                notes=_notes(cells, seeds) if done else (),
-                samples=next((tuple(cell.samples) for cell in done if cell.samples), ()),
-            )
-        )
-    return tuple(rows)
-
-
-def _worst(rows: Sequence[AttackRow], facts: DesignFacts, otherwise: Absent) -> dict[str, Worst | Absent]:
-    """The strongest text reconstruction by observer; where nothing was measured, why, if only ``otherwise``."""
-    found: dict[str, Worst | Absent] = {}
-    for observer in dict.fromkeys([*facts.observers, *(row.observer for row in rows)]):
-        if observer in facts.clear_to:
-            continue
-        mine = [row for row in rows if row.observer == observer]
-        text = [Worst(row, row.text_metric) for row in mine if row.text_metric]
-        states = [Worst(row, STATE_METRIC) for row in mine if STATE_METRIC in row.figures]
-        strongest = _strongest(text or states)
-        if strongest is not None:
-            found[observer] = strongest
-        elif observer in facts.observers or not any(row.figures for row in mine):
-            found[observer] = next((row.absent for row in mine if row.absent), otherwise)
-    return found
-
-
-def _worst_weights(rows: Sequence[AttackRow]) -> dict[str, Worst]:
-    found: dict[str, Worst] = {}
-    for observer in dict.fromkeys(row.observer for row in rows):
-        mine = [Worst(row, WEIGHT_METRIC) for row in rows if row.observer == observer and WEIGHT_METRIC in row.figures]
-        strongest = _strongest(mine)
-        if strongest is not None:
-            found[observer] = strongest
-    return found
-
-
-def _strongest(found: Sequence[Worst]) -> Worst | None:
-    return max(found, key=lambda each: each.figure.estimate.value, default=None)
 
 
 # --- costs and baselines ----------------------------------------------------------------------------------------------

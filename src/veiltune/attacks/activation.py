@@ -24,6 +24,7 @@ from veiltune.attacks.passes import agreement_of, joined, smashed_states
 from veiltune.attacks.shortlist import Shortlist
 from veiltune.attacks.view import View
 from veiltune.models.bottom import Bottom
+from veiltune.study_terms import Knows
 
 SEQUENCES = 8  # optimised at a time
 RATE = 0.2
@@ -50,6 +51,7 @@ class ActivationInversion(Attack):
     observer: ClassVar[str] = "provider"
     against: ClassVar = provider_reads()
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"base_weights"})
+    knows: ClassVar[Knows] = "nothing"
     cost: ClassVar[str] = "(rounds + 1) x steps passes back and forth through the bottom; minutes for sixteen sequences"
 
     shortlist: int = 24

@@ -28,6 +28,7 @@ from veiltune.attacks.passes import FIRST_STATES, blocks_before, joined, masked_
 from veiltune.attacks.veiled import cut_states, read_cut_states
 from veiltune.attacks.view import View
 from veiltune.errors import UserError
+from veiltune.study_terms import Knows
 
 MAX_ANCHORS = 64
 SPAN = 1e-4
@@ -75,6 +76,7 @@ class GramAnchors(Attack):
     observer: ClassVar[str] = "host"
     against: ClassVar = FIRST_STATES
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"embedding_table", "known_pairs"})
+    knows: ClassVar[Knows] = "known_plaintext"
     cost: ClassVar[str] = "one product of the vocabulary with the anchors a round; seconds"
     single_tokens: ClassVar[bool] = True
 
@@ -144,9 +146,14 @@ class KnownPlaintext(Attack):
     observer: ClassVar[str] = "host"
     against: ClassVar = FIRST_STATES
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"embedding_table", "known_pairs", "base_weights"})
+    knows: ClassVar[Knows] = "known_plaintext"
     cost: ClassVar[str] = "a least-squares problem of (pairs, d) and a product with the vocabulary; seconds"
 
     pairs: int = 64
+
+    def takes(self, design: str, layers: int) -> frozenset[Knowledge]:  # noqa: ARG002
+        """See `Attack.takes`: weights of blocks only where some are run before the host's states."""
+        return self.auxiliary if layers else self.auxiliary - {"base_weights"}
 
     @torch.no_grad()
     def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:

@@ -19,6 +19,7 @@ import torch
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction
 from veiltune.attacks.veiled import TRUNK, steal_trunk
 from veiltune.attacks.view import View
+from veiltune.study_terms import Knows, Phase
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ArrowMatch(Attack):
     observer: ClassVar[str] = "host"
     against: ClassVar = {"veil": TRUNK}
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"public_ancestor"})
+    knows: ClassVar[Knows] = "public_ancestor"
+    phases: ClassVar[frozenset[Phase]] = frozenset({"tuning"})
     cost: ClassVar[str] = "a product of all units with all units a block, and an assignment; a minute for thirty blocks"
     control: ClassVar[tuple[str, float]] = ("unit_accuracy", 0.99)
     leaky_settings: ClassVar[Mapping[str, Any]] = {"distance": 0.0}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from veiltune.attacks.view import View
 from veiltune.errors import ProtocolError, UserError
 from veiltune.models.bottom import Bottom
+from veiltune.study_terms import ALL_PHASES, Knows, Phase
 
 Knowledge = Literal["base_weights", "corpus", "embedding_table", "public_ancestor", "ancestor_model", "known_pairs"]
 FirstState = Literal["normed", "raw", "centred"]
@@ -135,6 +136,8 @@ class Attack(ABC):
         observer: whose view it reads.
         against: by design, the fields it reads, as ``Kind.field``.
         auxiliary: what it takes beside the view.
+        knows: the same in the vocabulary in which attackers are told apart: what it takes beyond what the observer has itself.
+        phases: texts that it can be after; of gradients, those tuned on.
         cost: what a run takes, roughly, in words.
         control: metric (more is more) and least value that the leaky control must reach.
         leaky_settings: settings changed for the leaky control, where protection lies in what the attacker has.
@@ -149,6 +152,8 @@ class Attack(ABC):
     observer: ClassVar[str]
     against: ClassVar[Mapping[str, frozenset[str]]]
     auxiliary: ClassVar[frozenset[Knowledge]]
+    knows: ClassVar[Knows]
+    phases: ClassVar[frozenset[Phase]] = frozenset(ALL_PHASES)
     cost: ClassVar[str]
     control: ClassVar[tuple[str, float]] = ("token_recovery", 0.95)
     leaky_settings: ClassVar[Mapping[str, Any]] = {}
@@ -161,6 +166,15 @@ class Attack(ABC):
     def reads(self) -> frozenset[str]:
         """Every field that it may read under some design."""
         return frozenset().union(*self.against.values())
+
+    def takes(self, design: str, layers: int) -> frozenset[Knowledge]:  # noqa: ARG002
+        """What of its `auxiliary` it takes on one run; the rest is neither made nor granted.
+
+        Args:
+            design: the run's.
+            layers: blocks of the model in an enclave, before the states that the host is sent.
+        """
+        return self.auxiliary
 
     @property
     def setting(self) -> str:
@@ -189,6 +203,7 @@ def provider_reads(*more: str) -> Mapping[str, frozenset[str]]:
     fields = frozenset(
         {
             "SplitRequest.terms",
+            "TrunkForward.cache_id",
             "TrunkForward.hidden",
             "TrunkForward.attention_mask",
             *more,

@@ -34,6 +34,7 @@ class Bisr(LearnedInverter):
     name: ClassVar[str] = "bisr"
     summary: ClassVar[str] = "learned inverter, labels from gradients, then states matched by optimisation (BiSR)"
     against: ClassVar = GradientLabels.against
+    phases: ClassVar = GradientLabels.phases
     cost: ClassVar[str] = "that of the learned inverter, of the labels and of the activation inversion together"
 
     shortlist: int = 24

@@ -30,6 +30,7 @@ from veiltune.attacks.base import Attack, Auxiliary, EmbeddingTable, Knowledge, 
 from veiltune.attacks.inside import assigned
 from veiltune.attacks.passes import FIRST_STATES, every_row, joined, masked_first_states
 from veiltune.attacks.view import View
+from veiltune.study_terms import Knows
 
 SAME = 1e-4
 """Distance, relative to the norm, below which two states are equal: rounding errors of a product in float32."""
@@ -46,6 +47,7 @@ class Codebook(Attack):
     observer: ClassVar[str] = "host"
     against: ClassVar = FIRST_STATES
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"embedding_table", "corpus"})
+    knows: ClassVar[Knows] = "public_text"
     cost: ClassVar[str] = "distances of all states and an assignment of symbols to tokens a round; a minute"
     control: ClassVar[tuple[str, float]] = ("token_recovery", 0.6)
     leaky_knows_text: ClassVar[bool] = True

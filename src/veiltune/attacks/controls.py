@@ -18,6 +18,7 @@ import torch
 from veiltune.attacks import scores
 from veiltune.attacks.scores import PerSequence
 from veiltune.errors import ExactnessError, UserError
+from veiltune.study_terms import Knows, Phase
 
 T = TypeVar("T")
 Scorer = Callable[[Sequence[T], Sequence[T]], PerSequence]
@@ -42,6 +43,8 @@ class Finding:
         ci95: the bootstrap interval of the mean; None for fewer than two.
         leaky_control: the same with protection off.
         shuffled_control: the same paired with other texts.
+        knows: what the attack takes beyond what its observer has; ``None``: of an earlier version.
+        phase: whose texts it was after; ``None``: it is no attack on texts, or of an earlier version.
 
     Raises:
         ValueError: a control is missing or not finite.
@@ -57,6 +60,8 @@ class Finding:
     ci95: tuple[float, float] | None
     leaky_control: float
     shuffled_control: float
+    knows: Knows | None = None
+    phase: Phase | None = None
 
     def __post_init__(self) -> None:
         for name in ("value", "leaky_control", "shuffled_control"):
@@ -71,12 +76,16 @@ class Finding:
         return asdict(self)
 
 
-def shuffled(score: Scorer[T], truth: Sequence[T], found: Sequence[T]) -> dict[str, float]:
+def shuffled(score: Scorer[T], truth: Sequence[T], found: Sequence[T], others: Sequence[T] = ()) -> dict[str, float]:
     """Mean scores of everything found against the truths of others: cyclic shifts, as many as there are, up to `MAX_SHIFTS`.
 
+    Where there is but one sequence it is paired with ``others``.
+
     Raises:
-        UserError: there is but one sequence, so nothing to pair it with.
+        UserError: there is but one sequence, and nothing to pair it with.
     """
+    if len(truth) == 1 and others:
+        return scores.means(score(others[:MAX_SHIFTS], list(found) * len(others[:MAX_SHIFTS])))
     if len(truth) < 2:
         raise UserError(
             "one sequence alone cannot be paired with another: there is no shuffled control",
@@ -94,7 +103,8 @@ def shuffled(score: Scorer[T], truth: Sequence[T], found: Sequence[T]) -> dict[s
 class Trial:
     """What an attack found of some truth, with and without protection, and how to score it.
 
-    ``leaky_truth`` is what there was to find without protection, where that is something else.
+    ``leaky_truth`` is what there was to find without protection, where that is something else. ``others`` are truths of which
+    nothing was attacked, for the shuffled control of a single one.
     """
 
     score: Scorer[Any]
@@ -102,6 +112,7 @@ class Trial:
     found: Sequence[Any]
     leaky_found: Sequence[Any]
     leaky_truth: Sequence[Any] | None = None
+    others: Sequence[Any] = ()
 
     def figures(self, generator: torch.Generator) -> dict[str, dict[str, Any]]:
         """By metric: value, n, ci95, leaky_control, shuffled_control; only metrics that have all of them."""
@@ -109,7 +120,7 @@ class Trial:
             self.score(self.truth, self.found),
             self.score(self.truth if self.leaky_truth is None else self.leaky_truth, self.leaky_found),
         )
-        crossed, leaks = shuffled(self.score, self.truth, self.found), scores.means(leaky)
+        crossed, leaks = shuffled(self.score, self.truth, self.found, self.others), scores.means(leaky)
         return {
             name: {
                 "value": value,
@@ -124,7 +135,7 @@ class Trial:
 
     def chance(self) -> dict[str, float]:
         """What the truths score against one another."""
-        return shuffled(self.score, self.truth, self.truth)
+        return shuffled(self.score, self.truth, self.truth, self.others)
 
 
 def require_controls(

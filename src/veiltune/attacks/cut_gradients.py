@@ -36,6 +36,7 @@ from veiltune.errors import UserError
 from veiltune.examples import IGNORED
 from veiltune.models.families import find_family
 from veiltune.models.top import Top
+from veiltune.study_terms import Knows, Phase
 
 GRADIENTS_CROSS = ("split", "online")
 POSITIONS = 128  # scored against the whole vocabulary at a time
@@ -70,6 +71,8 @@ class GradientLabels(Attack):
         if design in GRADIENTS_CROSS
     }
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"base_weights"})
+    knows: ClassVar[Knows] = "nothing"
+    phases: ClassVar[frozenset[Phase]] = frozenset({"tuning"})
     cost: ClassVar[str] = (
         "two passes through the top an iteration, and the head twice; a minute for some sequences on two cores"
     )

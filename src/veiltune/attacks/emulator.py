@@ -33,6 +33,7 @@ from veiltune.models.emulators.distil import distillation_loss
 from veiltune.models.families import find_family
 from veiltune.models.skeleton import assign_parameter, blocks_of, config_from_json
 from veiltune.privacy.quantisation import WireCodec
+from veiltune.study_terms import Knows
 
 BATCH = 4
 LENGTH = 96
@@ -65,6 +66,7 @@ class EmulatorMisuse(Attack):
     observer: ClassVar[str] = "owner"
     against: ClassVar = {"offsite": READS, "offline": READS}
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"corpus"})
+    knows: ClassVar[Knows] = "public_text"
     cost: ClassVar[str] = "steps of training the emulator's blocks on batches of 4 texts; minutes on two cores"
     control: ClassVar[tuple[str, float]] = ("agreement", 0.99)
     leaky_settings: ClassVar = {"learn_from": "nothing", "start": "emulator"}

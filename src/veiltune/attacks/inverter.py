@@ -25,6 +25,7 @@ from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, 
 from veiltune.attacks.passes import Agreement, agreement_of, joined, smashed_states
 from veiltune.attacks.shadow import Shadows, Tuning
 from veiltune.attacks.view import View
+from veiltune.study_terms import Knows
 
 BATCH = 16
 HEADS = 4
@@ -88,6 +89,7 @@ class RidgeInverter(Attack):
     observer: ClassVar[str] = "provider"
     against: ClassVar = provider_reads()
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"base_weights", "corpus"})
+    knows: ClassVar[Knows] = "public_text"
     cost: ClassVar[str] = "one pass of the corpus through the bottom and one (d, d) system; a minute on two cores"
     control: ClassVar[tuple[str, float]] = ("token_recovery", 0.6)
 
@@ -135,6 +137,7 @@ class LearnedInverter(Attack):
     observer: ClassVar[str] = "provider"
     against: ClassVar = provider_reads()
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"base_weights", "corpus"})
+    knows: ClassVar[Knows] = "public_text"
     cost: ClassVar[str] = "minutes of training on two cores for a hundred thousand public tokens"
     control: ClassVar[tuple[str, float]] = ("rougeL", 0.8)
 

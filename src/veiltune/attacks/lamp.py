@@ -34,6 +34,7 @@ from veiltune.attacks.view import View
 from veiltune.errors import UserError
 from veiltune.models.families import find_family
 from veiltune.models.family import Linear
+from veiltune.study_terms import Knows, Phase
 
 LENGTH_WEIGHT = 0.1
 SHARPNESS = 20.0
@@ -53,6 +54,8 @@ class Lamp(Attack):
     observer: ClassVar[str] = "host"
     against: ClassVar = GRADIENTS
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"base_weights", "public_ancestor"})
+    knows: ClassVar[Knows] = "public_ancestor"
+    phases: ClassVar[frozenset[Phase]] = frozenset({"tuning"})
     cost: ClassVar[str] = (
         "rounds x (3 x steps + trials / 4) passes forward and back through the model a text; a minute or two a text"
     )

@@ -28,6 +28,7 @@ from veiltune.attacks.passes import Agreement, agreement_of, joined, smashed_sta
 from veiltune.attacks.shortlist import Shortlist
 from veiltune.attacks.view import View
 from veiltune.models.bottom import Bottom
+from veiltune.study_terms import Knows
 
 ROWS = 512  # candidates computed at a time
 FLUENT = 4
@@ -43,6 +44,7 @@ class VocabularyMatching(Attack):
     observer: ClassVar[str] = "provider"
     against: ClassVar = provider_reads()
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"base_weights"})
+    knows: ClassVar[Knows] = "nothing"
     cost: ClassVar[str] = "shortlist x beam passes through the bottom a token; minutes for a few sequences on two cores"
 
     shortlist: int = 64

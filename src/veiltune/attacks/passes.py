@@ -1,12 +1,13 @@
 """What the attacks have in common when they read a view: the passes in it, and the states they carry.
 
 *States at the cut* come from `TrunkForward` messages, decoded as the agreed wire says; *masked first states* from the first
-operation of each pass under `obfuscatune`, or from each forward under `veil`. Passes with a KV cache are left out.
+operation of each pass under `obfuscatune`, or from each forward under `veil`. With a KV cache a text crosses in pieces, the
+prompt first and then token by token: these are put together, and stand under the number of the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veiltune.attacks.view import View
+from veiltune.attacks.view import Seen, View
 from veiltune.errors import DataError
 from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.transport.messages import Message, SegmentForward, TrunkForward, VeiledForward
@@ -24,13 +25,16 @@ FIRST_STATES = {
     "obfuscatune": frozenset(
         {
             "SegmentForward.segment",
+            "SegmentForward.cache_id",
             "SegmentForward.context_id",
             "SegmentForward.hidden",
             "PassContext.context_id",
             "PassContext.attention_mask",
         }
     ),
-    "veil": frozenset({"VeiledForward.hidden", "VeiledForward.attention_mask", "TrunkPlan.settings"}),
+    "veil": frozenset(
+        {"VeiledForward.cache_id", "VeiledForward.hidden", "VeiledForward.attention_mask", "TrunkPlan.settings"}
+    ),
 }
 """What carries first states, by design. Under `veil` they are those of single tokens only with enclave_layers = 0, which the
 host is told."""
@@ -85,11 +89,62 @@ class Agreement:
         return codec.decode(codec.encode(self.projected(states)))
 
 
+def carries_first(message: Message) -> bool:
+    """Whether a message is no forward at all, or the first one of a pass: all that these attacks use."""
+    return not isinstance(message, SegmentForward) or message.segment == FIRST_SEGMENT
+
+
+def is_cached(message: Message) -> bool:
+    """Whether it is a forward with a KV cache: part of a generation."""
+    return isinstance(message, SegmentForward | TrunkForward | VeiledForward) and message.cache_id != 0
+
+
 def begins_pass(message: Message) -> bool:
-    """Whether a message is no forward at all, or the first one of a pass without a KV cache: all that these attacks use."""
-    if isinstance(message, SegmentForward):
-        return message.segment == FIRST_SEGMENT and message.cache_id == 0
-    return not isinstance(message, TrunkForward | VeiledForward) or message.cache_id == 0
+    """Whether it is no forward at all, or the first one of a pass without a KV cache."""
+    return carries_first(message) and not is_cached(message)
+
+
+def whole_passes(view: View, kind: str) -> Iterator[list[Seen]]:
+    """The first forwards of each pass that is asked for: one, or all those that went on with its KV cache.
+
+    A generation begins with a new cache, with more than one token, or where the scorer says so. (One that begins with a single
+    token, in another session under the same number, is taken for more of the last.)
+    """
+    pieces: list[Seen] = []
+    for seen in view.messages(kind):
+        if kind == "SegmentForward" and seen["segment"] != FIRST_SEGMENT:
+            continue
+        if pieces and _goes_on(view, pieces[0], seen):
+            pieces.append(seen)
+            continue
+        if pieces and _is_asked(view, pieces[0]):
+            yield pieces
+        pieces = [seen]
+    if pieces and _is_asked(view, pieces[0]):
+        yield pieces
+
+
+def _goes_on(view: View, first: Seen, seen: Seen) -> bool:
+    if not seen["cache_id"] or seen["cache_id"] != first["cache_id"] or (view.targets or {}).get(seen.number):
+        return False
+    hidden = seen["hidden"]
+    return (hidden if seen.kind != "TrunkForward" else _wire(view).decode(hidden)).shape[1] == 1
+
+
+def _is_asked(view: View, seen: Seen) -> bool:
+    return view.targets is None or bool(view.targets.get(seen.number))
+
+
+def _wire(view: View) -> WireCodec:
+    return WireCodec.for_activations(agreement_of(view).wire)
+
+
+def _joined_states(view: View, pieces: Sequence[Seen], parts: Sequence[Tensor], mask: Any) -> States:
+    """The rows that are asked for of one pass; one with a cache has no padding."""
+    hidden = torch.cat([part.float() for part in parts], dim=1)
+    rows = view.rows(pieces[0].number, len(hidden))
+    lengths = lengths_of(None if pieces[0]["cache_id"] else mask, len(hidden), hidden.shape[1])
+    return States(pieces[0].number, hidden[rows], [lengths[row] for row in rows])
 
 
 def agreement_of(view: View) -> Agreement:
@@ -108,16 +163,11 @@ def agreement_of(view: View) -> Agreement:
 
 def smashed_states(view: View) -> list[States]:
     """States at the cut, pass by pass."""
-    codec = WireCodec.for_activations(agreement_of(view).wire)
-    found: list[States] = []
-    for seen in view.messages("TrunkForward"):
-        if view.targets is not None and not view.targets.get(seen.number):
-            continue
-        hidden = codec.decode(seen["hidden"]).float()
-        rows = view.rows(seen.number, len(hidden))
-        lengths = lengths_of(seen["attention_mask"], len(hidden), hidden.shape[1])
-        found.append(States(seen.number, hidden[rows], [lengths[row] for row in rows]))
-    return found
+    codec = _wire(view)
+    return [
+        _joined_states(view, pieces, [codec.decode(each["hidden"]) for each in pieces], pieces[0]["attention_mask"])
+        for pieces in whole_passes(view, "TrunkForward")
+    ]
 
 
 @dataclass(frozen=True)
@@ -165,33 +215,25 @@ def masked_first_states(view: View) -> list[States]:
 
 
 def _veiled(view: View) -> list[States]:
-    found: list[States] = []
-    for seen in view.messages("VeiledForward"):
-        if view.targets is None or view.targets.get(seen.number):
-            hidden = seen["hidden"].float()
-            rows = view.rows(seen.number, len(hidden))
-            lengths = lengths_of(seen["attention_mask"], len(hidden), hidden.shape[1])
-            found.append(States(seen.number, hidden[rows], [lengths[row] for row in rows]))
-    return found
+    return [
+        _joined_states(view, pieces, [each["hidden"] for each in pieces], pieces[0]["attention_mask"])
+        for pieces in whole_passes(view, "VeiledForward")
+    ]
 
 
 def _first_segments(view: View) -> list[States]:
     masks = masks_of_segments(view)
-    found: list[States] = []
-    for seen in view.messages("SegmentForward"):
-        if seen["segment"] != FIRST_SEGMENT or (view.targets is not None and not view.targets.get(seen.number)):
-            continue
-        hidden = seen["hidden"].float()
-        rows = view.rows(seen.number, len(hidden))
-        lengths = lengths_of(masks.get(seen.number), len(hidden), hidden.shape[1])
-        found.append(States(seen.number, hidden[rows], [lengths[row] for row in rows]))
-    return found
+    return [
+        _joined_states(view, pieces, [each["hidden"] for each in pieces], masks.get(pieces[0].number))
+        for pieces in whole_passes(view, "SegmentForward")
+    ]
 
 
 def every_row(view: View) -> View:
     """The same view with every row of every pass asked for: what is not to be found may help to find the rest."""
     kind = "VeiledForward" if view.rights.design == "veil" else "SegmentForward"
-    return view.aimed({seen.number: range(len(seen["hidden"])) for seen in view.messages(kind)})
+    unaimed = view.aimed(None)
+    return view.aimed({each[0].number: range(len(each[0]["hidden"])) for each in whole_passes(unaimed, kind)})
 
 
 def blocks_before(view: View) -> int:

@@ -32,6 +32,7 @@ from veiltune.models.families import find_family
 from veiltune.models.family import Family, Linear
 from veiltune.models.skeleton import config_from_json
 from veiltune.privacy.alignment import recover_key
+from veiltune.study_terms import Knows
 
 
 def recovered_keys(
@@ -60,11 +61,16 @@ class Procrustes(Attack):
         "veil": TRUNK,
     }
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"public_ancestor", "ancestor_model", "embedding_table"})
+    knows: ClassVar[Knows] = "public_ancestor"
     cost: ClassVar[str] = "a singular value decomposition of (d, d) for each key; a minute for thirty blocks"
     control: ClassVar[tuple[str, float]] = ("weight_cosine", 0.99)
     leaky_settings: ClassVar[Mapping[str, Any]] = {"distance": 0.0}
 
     distance: float = 0.1
+
+    def takes(self, design: str, layers: int) -> frozenset[Knowledge]:
+        """See `Attack.takes`: whole blocks of the ancestor are run only where there are some before the host's states."""
+        return self.auxiliary if design == "veil" and layers else self.auxiliary - {"ancestor_model"}
 
     @torch.no_grad()
     def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:

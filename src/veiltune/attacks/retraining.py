@@ -30,6 +30,7 @@ from veiltune.attacks.view import View
 from veiltune.models.cut import Trunk, trunk_model
 from veiltune.models.rotated import rotated_model
 from veiltune.models.skeleton import assign_parameter
+from veiltune.study_terms import Knows
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Retraining(Attack):
         for design in ("obfuscatune", "veil")
     }
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"public_ancestor", "ancestor_model", "corpus"})
+    knows: ClassVar[Knows] = "public_ancestor"
     cost: ClassVar[str] = "steps forward and backward passes through the trunk; some minutes on two cores"
     control: ClassVar[tuple[str, float]] = ("agreement", 0.5)
     of_texts: ClassVar[bool] = False

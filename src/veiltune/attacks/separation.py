@@ -27,6 +27,7 @@ from torch import Tensor
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction
 from veiltune.attacks.passes import FIRST_STATES, every_row, joined, masked_first_states
 from veiltune.attacks.view import View
+from veiltune.study_terms import Knows
 
 TOLERANCE = 1e-3
 
@@ -40,6 +41,7 @@ class IndependentComponents(Attack):
     observer: ClassVar[str] = "host"
     against: ClassVar = FIRST_STATES
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset()
+    knows: ClassVar[Knows] = "nothing"
     cost: ClassVar[str] = "turns x (rows, d) by (d, d) products; minutes for thousands of rows at d = 576"
     control: ClassVar[tuple[str, float]] = ("basis_correlation", 0.6)
 

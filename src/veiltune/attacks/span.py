@@ -42,6 +42,7 @@ from veiltune.attacks.gradients import (
 from veiltune.attacks.view import View
 from veiltune.models.bottom import Bottom
 from veiltune.models.skeleton import blocks_of
+from veiltune.study_terms import Knows, Phase
 
 ROWS = 4096  # tokens that go through the first block at a time
 WIDTH = 8
@@ -73,6 +74,8 @@ class Dager(Attack):
     observer: ClassVar[str] = "host"
     against: ClassVar = GRADIENTS
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"base_weights", "public_ancestor"})
+    knows: ClassVar[Knows] = "public_ancestor"
+    phases: ClassVar[frozenset[Phase]] = frozenset({"tuning"})
     cost: ClassVar[str] = "the vocabulary against one span, and candidates x tokens passes of one block a text; seconds"
     leaky_settings: ClassVar[Mapping[str, Any]] = {"key": "none"}
 

@@ -150,13 +150,21 @@ class View:
         """Rows that are asked for of a pass of ``count`` rows."""
         return list(range(count)) if self.targets is None else list(self.targets.get(number, ()))
 
-    def aimed(self, targets: Mapping[int, Sequence[int]]) -> View:
-        """The same view with other rows asked for."""
+    def aimed(self, targets: Mapping[int, Sequence[int]] | None) -> View:
+        """The same view with other rows asked for; ``None``: all."""
         return View(self.rights, self._entries, self.reads, targets)
 
     def narrowed(self, reads: frozenset[str]) -> View:
         """The same messages with other fields to be read: the scorer's view made an attack's."""
         return View(self.rights, self._entries, reads, self.targets)
+
+    def only(self, keep: Callable[[int, Message], bool]) -> View:
+        """A view of some of the messages, told by number and content."""
+        return View(self.rights, [each for each in self._entries if keep(each[0], each[3])], self.reads, self.targets)
+
+    def count(self, counts: Callable[[int, Message], bool]) -> int:
+        """How many of the messages are such."""
+        return sum(counts(each[0], each[3]) for each in self._entries)
 
     def altered(self, change: Callable[[int, Message], Message]) -> View:
         """A view whose messages were replaced: the controls' (what the observer would have seen without protection)."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from veiltune.errors import DataError, UserError, nearest
 from veiltune.evaluation.advice_checks import Check, checks_of, enclave_check
-from veiltune.evaluation.advice_needs import Needs
+from veiltune.evaluation.advice_needs import Needs, ObserverNeeds
 from veiltune.evaluation.studies.output import RECORDS
 from veiltune.study_records import read_study
 from veiltune.study_summary import Absent, Estimate, Row, settings_of, summarise
@@ -148,10 +148,10 @@ def _candidate(needs: Needs, rows: Sequence[Row]) -> Candidate:
         enclave_check(needs, first),
     )
     notes = dict.fromkeys(note for row in rows for note in _notes(needs, row))
-    return Candidate(first.design, first.setting, first.options, checks, tuple(notes), _order(rows))
+    return Candidate(first.design, first.setting, first.options, checks, tuple(notes), _order(needs, rows))
 
 
-def _order(rows: Sequence[Row]) -> dict[str, float | None]:
+def _order(needs: Needs, rows: Sequence[Row]) -> dict[str, float | None]:
     """By rule: the worst over tasks, smallest best; None where a task has no figure."""
     costs = [row.cost for row in rows]
     seconds = [
@@ -159,7 +159,7 @@ def _order(rows: Sequence[Row]) -> dict[str, float | None]:
     ]
     values: dict[str, list[float | None]] = {
         "utility": [-row.difference.value if isinstance(row.difference, Estimate) else _no_loss(row) for row in rows],
-        "privacy": [None if isinstance(row.exposure, Absent) else row.exposure.estimate.value for row in rows],
+        "privacy": [_exposed(needs, row) for row in rows],
         "bytes": [None if isinstance(cost, Absent) else cost.bytes_per_step for cost in costs],
         "seconds": seconds,
     }
@@ -167,6 +167,16 @@ def _order(rows: Sequence[Row]) -> dict[str, float | None]:
         name: max((v for v in each if v is not None), default=None) if None not in each else None
         for name, each in values.items()
     }
+
+
+def _exposed(needs: Needs, row: Row) -> float | None:
+    """The most that an observer gets with the knowledge that is assumed of it; None where nothing was measured."""
+    found: list[float] = []
+    for observer in dict.fromkeys([*row.facts.clear_to, *(who.observer for who in row.worst)]):
+        stated = next((each for name, each in needs.observer.items() if name == observer), ObserverNeeds())
+        exposure = row.exposure_to(stated.knows, stated.phases, observer)
+        found += [] if isinstance(exposure, Absent) else [exposure.estimate.value]
+    return max(found, default=None)
 
 
 def _no_loss(row: Row) -> float | None:
@@ -184,3 +194,6 @@ def _notes(needs: Needs, row: Row) -> Iterator[str]:
         for attack in row.attacks:
             if attack.observer == observer and attack.absent is not None:
                 yield f"{attack.label} ({row.task}) gave no figure: {attack.absent}"
+        for who, worst in row.worst.items():
+            if who.observer == observer and who.phase and isinstance(worst, Absent) and worst.status == "missing":
+                yield f"{who} ({row.task}): {worst}"

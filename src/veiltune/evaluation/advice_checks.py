@@ -8,11 +8,13 @@ from typing import Literal
 
 from veiltune.designs import DESIGNS
 from veiltune.evaluation.advice_needs import Needs, Observer
-from veiltune.study_summary import Absent, Estimate, Row
+from veiltune.study_rows import Attacker, Row, Uncrossed
+from veiltune.study_terms import Phase, told_knows, told_phase, within
+from veiltune.study_values import Absent, Estimate
 
-By = Literal["interval", "point", "design", "figure", "nothing"]
-"""``interval``, ``point``: of a measured estimate; ``design``: by the table of messages; ``figure``: has no interval;
-``nothing``: no record."""
+By = Literal["interval", "point", "design", "transcript", "figure", "nothing"]
+"""``interval``, ``point``: of a measured estimate; ``design``: by the table of messages; ``transcript``: counted that nothing
+crossed; ``figure``: has no interval; ``nothing``: no record."""
 
 WEIGHTS_CLEAR = frozenset({"WeightShard", "EmulatorShard"})
 WEIGHTS = WEIGHTS_CLEAR | {"TrunkShard"}
@@ -104,17 +106,39 @@ def _loss(needs: Needs, row: Row, bound: float) -> Check:
 def _text(need: str, row: Row, observer: Observer, bound: float, needs: Needs) -> Check:
     if observer in row.facts.clear_to:
         return _by_design(need, row, 1.0, bound, f"the {observer} gets the text as it is")
+    stated = needs.observer[observer]
+    phases = stated.phases or (None,)
+    checks = [_text_of(need, row, observer, bound, needs, phase) for phase in phases]
+    return next((check for check in checks if not check.is_met), checks[0])
+
+
+def _text_of(need: str, row: Row, observer: Observer, bound: float, needs: Needs, phase: Phase | None) -> Check:
+    """The same of one phase's texts, or of all that were measured."""
     mine = [attack for attack in row.attacks if attack.observer == observer]
-    if observer not in row.facts.observers and not mine:
+    if observer not in row.facts.observers and not any(who.observer == observer for who in row.worst):
         return _by_design(need, row, 0.0, bound, f"the {observer} gets no message that depends on the text")
-    measured = [(attack, attack.figures[attack.text_metric].estimate) for attack in mine if attack.text_metric]
-    if not measured:
-        absent = row.worst.get(observer)
-        why = str(absent) if isinstance(absent, Absent) else "no attack of this observer reconstructs text"
-        return _unknown(need, row, bound, why)
-    strongest, found = max(measured, key=lambda item: _upper(item[1], needs))
-    what = f"{strongest.label} gets {strongest.text_metric} "
-    return _compare(need, row, found, bound, needs, at_least=False, what=what)
+    asked = {who: worst for who, worst in row.worst.items() if _is_asked(who, observer, needs, phase)}
+    measured = [
+        (attack, attack.figures[attack.text_metric].estimate)
+        for attack in mine
+        if attack.text_metric and attack.attacker in asked
+    ]
+    texts = f" of {told_phase(phase)}" if phase else ""
+    if measured:
+        strongest, found = max(measured, key=lambda item: _upper(item[1], needs))
+        what = f"{strongest.label}{texts}, knowing {told_knows(strongest.knows)}, gets {strongest.text_metric} "
+        return _compare(need, row, found, bound, needs, at_least=False, what=what)
+    absent = [worst for worst in asked.values() if isinstance(worst, Absent)]
+    counted = [worst for worst in asked.values() if isinstance(worst, Uncrossed)]
+    if counted and not absent:
+        return Check(need, row.task, 0.0, bound, is_met=True, by="transcript", reason=f"{counted[0]}{texts}")
+    why = str(absent[0]) if absent else f"no attack of this observer reconstructs text{texts} with that knowledge"
+    return _unknown(need, row, bound, why)
+
+
+def _is_asked(who: Attacker, observer: Observer, needs: Needs, phase: Phase | None) -> bool:
+    knows = needs.observer[observer].knows
+    return who.observer == observer and within(who.knows, knows) and phase in {None, who.phase}
 
 
 def _upper(found: Estimate, needs: Needs) -> float:
@@ -139,10 +163,12 @@ def _weights(need: str, row: Row, observer: Observer, bound: float, needs: Needs
         return _by_design(need, row, 0.0, bound, f"the {observer} gets no weights")
     if kinds & WEIGHTS_CLEAR:
         return _by_design(need, row, 1.0, bound, f"the {observer} gets weights as they are")
-    if observer not in row.worst_weights:
-        return _unknown(need, row, bound, "no attack on the weights")
-    worst = row.worst_weights[observer]
-    what = f"{worst.by.label} gets {worst.metric} "
+    stated = needs.observer[observer].knows
+    tried = [w for who, w in row.worst_weights.items() if who.observer == observer and within(who.knows, stated)]
+    if not tried:
+        return _unknown(need, row, bound, "no attack on the weights" + (" with that knowledge" if stated else ""))
+    worst = max(tried, key=lambda each: _upper(each.figure.estimate, needs))
+    what = f"{worst.by.label}, knowing {told_knows(worst.by.knows)}, gets {worst.metric} "
     return _compare(need, row, worst.figure.estimate, bound, needs, at_least=False, what=what)
 
 

@@ -11,6 +11,7 @@ largest_loss = 0.015
 
 [observer.host]
 text = 0.2
+knows = ["public_text"]
 weight_share = 0.01
 
 [resources]
@@ -25,6 +26,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from veiltune.config import Section, load_section
+from veiltune.study_terms import Knows, Phase
 
 Rank = Literal["utility", "privacy", "bytes", "seconds"]
 Observer = Literal["host", "provider", "owner"]
@@ -36,6 +38,13 @@ class ObserverNeeds(Section):
 
     text: Unit | None = Field(
         default=None, description="ROUGE-L (or token recovery) of the strongest measured reconstruction"
+    )
+    knows: tuple[Knows, ...] | None = Field(
+        default=None,
+        description="what it is taken to have beside its view; left out: whatever an attack was measured with",
+    )
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = Field(
+        default=None, description="whose texts ``text`` is about; left out: all that were measured"
     )
     weight_share: Unit | None = Field(default=None, description="share of the model's parameters in the clear")
     weight_cosine: Unit | None = Field(default=None, description="mean cosine of weights that an attack recovers")

@@ -17,6 +17,8 @@ from veiltune.designs import DESIGNS
 from veiltune.errors import UserError, nearest
 from veiltune.evaluation.inspection import observers_of
 from veiltune.results import RunResult
+from veiltune.study_summary import knows_of
+from veiltune.study_terms import PHASES, told_knows, told_phase
 from veiltune.transport.messages import MESSAGES
 
 NETWORK = "network"
@@ -172,8 +174,21 @@ def _figures(each: Disclosure) -> list[str]:
     shown = "not counted" if share is None else f"{100 * share:.1f}%"
     lines = [f"parameters in the clear: {shown}"]
     for name, metrics in each.attacks.items():
-        for metric, found in metrics.items():
-            ends = "" if found.get("ci95") is None else f" [{found['ci95'][0]:.3f}, {found['ci95'][1]:.3f}]"
-            controls = f"leaky {found['leaky_control']:.3f}, shuffled {found['shuffled_control']:.3f}"
-            lines.append(f"attack {name}: {metric} {found['value']:.3f}{ends} ({controls})")
+        lines += [_figure(name, metric, found) for metric, found in metrics.items()]
     return lines if each.attacks else [*lines, "no attack on what it saw was measured in this run"]
+
+
+def _figure(name: str, metric: str, found: Mapping[str, Any]) -> str:
+    """One figure of an attack; of a phase of which nothing crossed, that."""
+    phase = found.get("phase")
+    if "leaky_control" not in found:
+        others = f"{found['value']:.0f} of {found['value'] + found['n']:.0f} recorded passes are of them"
+        returned = (
+            f"; {found['returned']} message(s) with layers tuned on them were returned" if found["returned"] else ""
+        )
+        return f"nothing crossed of {PHASES[phase] if phase else 'these texts'}: {others}{returned}"
+    ends = "" if found.get("ci95") is None else f" [{found['ci95'][0]:.3f}, {found['ci95'][1]:.3f}]"
+    who = knows_of(name.partition("[")[0], found.get("knows"))
+    told = f"{told_phase(phase)}; " if phase else ""
+    controls = f"leaky {found['leaky_control']:.3f}, shuffled {found['shuffled_control']:.3f}"
+    return f"attack {name}: {metric} {found['value']:.3f}{ends} ({told}knows besides: {told_knows(who)}; {controls})"

@@ -170,7 +170,13 @@ def _enclave_cost(counted: Shares | None, engine: Mapping[str, Any]) -> EnclaveC
     working = None if not spent else min(1.0, max(0.0, 1 - engine.get("wait_seconds", 0.0) / spent))
     if counted is None or counted.design == "local":
         return EnclaveCost(seconds_share=None if "wait_seconds" not in engine else working)
-    return EnclaveCost(param_share=counted.param_share, flop_share=counted.flop_share, seconds_share=working)
+    return EnclaveCost(
+        param_share=counted.param_share,
+        flop_share=counted.flop_share,
+        seconds_share=working,
+        checks=engine.get("checks"),
+        check_seconds=engine.get("check_seconds"),
+    )
 
 
 def _mean_length(config: Config, history: Mapping[str, Any]) -> int:

@@ -1,47 +1,52 @@
 """What the texts in a recorded run really were: the scorer's knowledge, made again from the configuration.
 
-The owner's order of examples follows from the data, the seed and the batch size, so it is replayed and laid beside the
-recorded passes; a pass whose shape is not the replayed one's is an error, not a guess.
+The owner's passes are replayed (`veiltune.evaluation.replay`) and laid beside the recorded ones, phase by phase; a pass whose
+shape is not the replayed one's is an error, not a guess. So it is also known of a phase that nothing of it crossed: every
+recorded pass is then some other phase's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from veiltune.attacks import View
-from veiltune.attacks.passes import lengths_of, masks_of_segments
-from veiltune.batching import Batch, batches
+from veiltune.attacks.passes import begins_pass, is_cached, lengths_of, masks_of_segments, whole_passes
 from veiltune.config import Config
-from veiltune.data import load_tokenized
+from veiltune.designs import DESIGNS
 from veiltune.errors import UserError
+from veiltune.evaluation import replay
+from veiltune.evaluation.asked import Asked
+from veiltune.evaluation.replay import TruePass
 from veiltune.privacy.quantisation import WireCodec, WireOptions
-from veiltune.training import total_steps
-from veiltune.transport.messages import Message, ScoreBatch, Scores
-from veiltune.tuner import Tuner
+from veiltune.study_terms import ALL_PHASES, PHASES, Phase
+from veiltune.transport.messages import Message, PlugIn
+
+__all__ = [
+    "Moment",
+    "Recorded",
+    "TruePass",
+    "TrueRow",
+    "distinct_rows",
+    "scorer_reads",
+    "true_passes",
+    "tunes_on_emulator",
+]
 
 Moment = Literal["first", "last"]
 
 SCORER_READS = {
-    "TrunkForward": ("training", "attention_mask", "hidden"),
-    "SegmentForward": ("training", "context_id", "hidden"),
-    "VeiledForward": ("training", "attention_mask", "hidden"),
+    "TrunkForward": ("training", "cache_id", "attention_mask", "hidden"),
+    "SegmentForward": ("training", "cache_id", "segment", "context_id", "hidden"),
+    "VeiledForward": ("training", "cache_id", "attention_mask", "hidden"),
     "PassContext": ("context_id", "attention_mask"),
     "SplitRequest": ("terms",),
+    "PlugIn": ("method",),
 }
-
-
-@dataclass(frozen=True)
-class TruePass:
-    """One pass as the owner ran it; ``labels`` begin where the prompt ends (-100 before)."""
-
-    ids: Tensor = field(repr=False)
-    mask: Tensor = field(repr=False)
-    labels: Tensor = field(repr=False)
+FORWARDS = ("TrunkForward", "SegmentForward", "VeiledForward")
 
 
 @dataclass(frozen=True)
@@ -70,37 +75,106 @@ def scorer_reads(view_kinds: frozenset[str]) -> frozenset[str]:
     return frozenset(f"{kind}.{leaf}" for kind, leaves in SCORER_READS.items() if kind in view_kinds for leaf in leaves)
 
 
-def true_passes(view: View, config: Config, tokenizer: Any, longest: int) -> dict[int, TruePass]:
-    """The true text of recorded passes, by the number of their message.
+def tunes_on_emulator(config: Config) -> bool:
+    """Whether the owner tunes against an emulator of its own, so that by its table no state crosses meanwhile."""
+    return "EmulatorShard" in DESIGNS[config.design].reveals.get("owner", {})
 
-    Training passes if any crossed; else those that fetched trunk outputs to keep; else those that scored tasks.
 
-    Raises:
-        UserError: no pass without a cache was recorded, or what was recorded is not this configuration's.
+class Recorded:
+    """The passes in a view, and what they are of.
+
+    Args:
+        view: loaded with `scorer_reads`.
+        config: of the run.
+        tokenizer: of the model.
+        longest: positions of the model.
+        asked: generations of the run.
     """
-    observed = list(_observed(view))
-    trained = [each for each in observed if each.training]
-    candidates = [_training(config, tokenizer)] if trained else [_fetches(config, tokenizer)]
-    if not trained and config.evaluate.tasks:
-        candidates.append(_scorings(config, tokenizer, longest))
-    for expected in candidates:
-        found = _aligned(trained or observed, list(expected), partial=bool(trained))
+
+    def __init__(self, view: View, config: Config, tokenizer: Any, longest: int, asked: Sequence[Asked] = ()) -> None:
+        self.view = view
+        self.config = config
+        self.tokenizer = tokenizer
+        self.longest = longest
+        self.asked = asked
+        passes = list(_observed(view.only(lambda _, message: begins_pass(message))))
+        self.trained = [each for each in passes if each.training]
+        self.untrained = [each for each in passes if not each.training]
+        self.generated = _generated(view)
+
+    @property
+    def crossed(self) -> list[Phase]:
+        """Phases of which passes may have been recorded, in order."""
+        config, apart = self.config, tunes_on_emulator(self.config)
+        has: dict[Phase, bool] = {
+            "tuning": bool(self.trained or (self.untrained and not apart and config.data.train)),
+            "validation": bool(self.untrained and not apart and config.data.validation),
+            "questions": bool(self.untrained and config.evaluate.tasks),
+            "generation": bool(self.generated),
+        }
+        return [phase for phase in ALL_PHASES if has[phase]]
+
+    @property
+    def num_returned(self) -> int:
+        """Messages with layers that were tuned on the owner's text."""
+        return self.view.count(lambda _, message: isinstance(message, PlugIn))
+
+    def passes(self, phase: Phase) -> dict[int, TruePass]:
+        """The true text of each recorded pass of a phase, by the number of its first message.
+
+        Raises:
+            UserError: none was recorded, or what was recorded is not this configuration's.
+        """
+        observed, found = self._aligned(phase)
         if found:
             return found
-    raise UserError(
-        f"the {len(trained or observed)} recorded passes are not those that this configuration makes",
-        hint="attack a run of `veiltune tune` with its own data; the data file may have changed since",
-    )
+        told = PHASES[phase]
+        if not observed:
+            raise UserError(
+                f"no pass was recorded of {told}", hint="record a run that has some; or attack another phase"
+            )
+        raise UserError(
+            f"the {len(observed)} recorded passes are not those that this configuration makes of {told}",
+            hint="attack a run of `veiltune tune` with its own data; the data file may have changed since",
+        )
+
+    def _aligned(self, phase: Phase) -> tuple[list[_Observed], dict[int, TruePass]]:
+        config, tokenizer = self.config, self.tokenizer
+        if phase == "generation":
+            return self.generated, _matched(self.generated, list(replay.generations(self.asked, tokenizer)))
+        if phase == "tuning" and self.trained:
+            expected = list(replay.training(config, tokenizer))
+            return self.trained, _prefix(self.trained, expected)
+        if phase == "questions":
+            tasks = list(replay.scorings(config, tokenizer, self.longest)) if config.evaluate.tasks else []
+            return self.untrained, _stretches(self.untrained, tasks)
+        if tunes_on_emulator(config):
+            return self.trained, {}
+        if self.trained:  # then those that were not trained on crossed as often as they were computed
+            return self.untrained, _stretches(self.untrained, list(replay.validation(config, tokenizer)))
+        fetched = list(replay.fetches(config, tokenizer))
+        found = _stretches(self.untrained, [true for _, true in fetched])
+        kept = {id(true) for label, true in fetched if label == phase}
+        return self.untrained, {number: true for number, true in found.items() if id(true) in kept}
+
+    def num_unexplained(self) -> int:
+        """Recorded passes that are neither questions nor generations: where tuning is on an emulator, none should be left."""
+        if not self.untrained:
+            return len(self.trained)
+        return len(self.trained) + len(self.untrained) - len(self._aligned("questions")[1])
+
+
+def true_passes(
+    view: View, config: Config, tokenizer: Any, longest: int, phase: Phase = "tuning"
+) -> dict[int, TruePass]:
+    """`Recorded.passes` of a view without generations."""
+    return Recorded(view, config, tokenizer, longest).passes(phase)
 
 
 def _observed(view: View) -> Iterator[_Observed]:
     masks = masks_of_segments(view) if view.rights.sees("PassContext") else {}
-    codec = WireCodec.for_activations(WireOptions())
-    if view.rights.sees("SplitRequest"):
-        requests = view.messages("SplitRequest")
-        if requests:
-            codec = WireCodec.for_activations(WireOptions.model_validate(requests[0]["terms"]["wire"]))
-    for kind in ("TrunkForward", "SegmentForward", "VeiledForward"):
+    codec = _codec(view)
+    for kind in FORWARDS:
         if not view.rights.sees(kind):
             continue
         for seen in view.messages(kind):
@@ -113,79 +187,73 @@ def _observed(view: View) -> Iterator[_Observed]:
             )
 
 
-def _aligned(observed: Sequence[_Observed], expected: Sequence[TruePass], *, partial: bool) -> dict[int, TruePass]:
-    """Observed passes with what they are, where all of them (or a stretch of them, unless ``partial``) fit in order."""
-    if not observed or not expected:
-        return {}
-    last = 0 if partial else max(0, len(observed) - len(expected))
-    for start in range(last + 1):
-        pairs = list(zip(observed[start:], expected, strict=False))
-        if pairs and all(_fits(*pair) for pair in pairs) and (not partial or len(pairs) == len(observed)):
-            return {seen.number: true for seen, true in pairs}
-    return {}
+def _codec(view: View) -> WireCodec:
+    requests = view.messages("SplitRequest") if view.rights.sees("SplitRequest") else []
+    options = WireOptions.model_validate(requests[0]["terms"]["wire"]) if requests else WireOptions()
+    return WireCodec.for_activations(options)
+
+
+def _generated(view: View) -> list[_Observed]:
+    """Generations: the prompt's length stands in the place of the row's."""
+    codec = _codec(view)
+    found: list[_Observed] = []
+    keep: Callable[[int, Message], bool] = lambda _, message: is_cached(message) or not _is_forward(message)  # noqa: E731
+    cached = view.only(keep).aimed(None)
+    for kind in FORWARDS:
+        for pieces in whole_passes(cached, kind) if view.rights.sees(kind) else ():
+            parts = [codec.decode(each["hidden"]) if kind == "TrunkForward" else each["hidden"] for each in pieces]
+            total = sum(part.shape[1] for part in parts)
+            found.append(_Observed(pieces[0].number, False, (len(parts[0]), total), [parts[0].shape[1]]))
+    return found
+
+
+def _is_forward(message: Message) -> bool:
+    return type(message).__name__ in FORWARDS
+
+
+# --- recorded beside replayed -----------------------------------------------------------------------------------------
+
+
+def _prefix(observed: Sequence[_Observed], expected: Sequence[TruePass]) -> dict[int, TruePass]:
+    """All observed passes with what they are, where they are the first of those expected."""
+    pairs = list(zip(observed, expected, strict=False))
+    whole = len(pairs) == len(observed) and all(_fits(*pair) for pair in pairs)
+    return {seen.number: true for seen, true in pairs} if whole else {}
+
+
+def _stretches(observed: Sequence[_Observed], expected: Sequence[TruePass]) -> dict[int, TruePass]:
+    """Every place among the observed where all expected passes stand in order; or all observed, if the run was cut short."""
+    if not expected or len(observed) < len(expected):
+        return _prefix(observed, expected)
+    found: dict[int, TruePass] = {}
+    start = 0
+    while start + len(expected) <= len(observed):
+        pairs = list(zip(observed[start : start + len(expected)], expected, strict=True))
+        fits = all(_fits(*pair) for pair in pairs)
+        found |= {seen.number: true for seen, true in pairs} if fits else {}
+        start += len(expected) if fits else 1
+    return found
+
+
+def _matched(observed: Sequence[_Observed], expected: Iterable[TruePass]) -> dict[int, TruePass]:
+    """Generations with what they are of, both in order. The last token is not sent back; how far it came the states tell."""
+    found: dict[int, TruePass] = {}
+    left = iter(expected)
+    for seen in observed:
+        length = seen.shape[1]
+        true = next((each for each in left if seen.lengths == [_prompt_length(each)]), None)
+        if true is None or seen.shape[0] != 1 or not 0 <= true.ids.shape[1] - length <= 1:
+            return {}
+        found[seen.number] = TruePass(true.ids[:, :length], true.mask[:, :length], true.labels[:, :length])
+    return found
+
+
+def _prompt_length(true: TruePass) -> int:
+    return int((true.labels < 0).sum())
 
 
 def _fits(seen: _Observed, true: TruePass) -> bool:
     return seen.shape == tuple(true.ids.shape) and seen.lengths in (None, true.mask.sum(1).tolist())
-
-
-# --- the owner's passes, again ----------------------------------------------------------------------------------------
-
-
-def _batches(config: Config, tokenizer: Any) -> Iterator[Batch]:
-    if config.data.train is None:
-        return
-    examples = load_tokenized(config.data.train, config, tokenizer, split="train")
-    steps = total_steps(config.train, len(examples)) * config.train.accumulate
-    pad = int(tokenizer.pad_token_id)
-    yield from batches(examples, config.train.batch_size, seed=config.seed, steps=steps, pad_id=pad)
-
-
-def _training(config: Config, tokenizer: Any) -> Iterator[TruePass]:
-    for batch in _batches(config, tokenizer):
-        yield TruePass(batch.input_ids, batch.attention_mask, batch.labels)
-
-
-def _fetches(config: Config, tokenizer: Any) -> Iterator[TruePass]:
-    """Each batch's texts that were not asked for before, in order, shortened to the longest of them."""
-    known: set[tuple[int, ...]] = set()
-    for batch in _batches(config, tokenizer):
-        lengths = batch.attention_mask.sum(1).tolist()
-        rows = [tuple(row[:length].tolist()) for row, length in zip(batch.input_ids, lengths, strict=True)]
-        missing = [i for i, row in enumerate(rows) if row not in known and row not in rows[:i]]
-        known.update(rows)
-        if missing:
-            length = max(lengths[i] for i in missing)
-            parts = (batch.input_ids, batch.attention_mask, batch.labels)
-            yield TruePass(*(part[missing, :length] for part in parts))
-
-
-class _Capture(Tuner):
-    """A tuner that keeps the batches it is asked to score."""
-
-    def __init__(self) -> None:
-        self.requests: list[ScoreBatch] = []
-
-    def _exchange(self, request: Message) -> Iterator[Message]:
-        assert isinstance(request, ScoreBatch)  # noqa: S101 - nothing else is asked of it
-        self.requests.append(request)
-        count = len(request.input_ids)
-        yield Scores(torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool))
-
-
-def _scorings(config: Config, tokenizer: Any, longest: int) -> Iterator[TruePass]:
-    from veiltune.tasks import DEFAULT_MAX_LENGTH, evaluate
-
-    capture = _Capture()
-    evaluate(
-        config.evaluate.tasks,
-        lambda pairs: capture.score(pairs, pad_id=int(tokenizer.pad_token_id)),
-        tokenizer,
-        limit=config.evaluate.limit,
-        max_length=min(DEFAULT_MAX_LENGTH, longest),
-    )
-    for request in capture.requests:
-        yield TruePass(request.input_ids, request.attention_mask, request.labels)
 
 
 # --- which of them are attacked ---------------------------------------------------------------------------------------

@@ -8,15 +8,19 @@ from rich.table import Table
 from rich.text import Text
 
 from veiltune.attacks.controls import Finding
+from veiltune.study_terms import told_knows, told_phase
 
 
 def attack_table(findings: Sequence[Finding]) -> Table:
-    """Findings of one attack, one row a metric."""
+    """Findings of one attack, one row a metric; none of one where nothing crossed."""
+    if not findings:
+        return Table(title=Text("nothing crossed of these texts: there is nothing to attack"), title_style="bold")
     first = findings[0]
     setting = f" ({first.setting})" if first.setting else ""
+    texts = f", of {told_phase(first.phase)}" if first.phase else ""
     table = Table(
-        title=Text(f"{first.attack}{setting} on {first.design}, as the {first.observer} saw it"),
-        caption=Text("leaky: protection off; shuffled: against other texts"),
+        title=Text(f"{first.attack}{setting} on {first.design}, as the {first.observer} saw it{texts}"),
+        caption=Text(f"knows besides: {told_knows(first.knows)}; leaky: protection off; shuffled: against other texts"),
         title_style="bold",
     )
     for name in ("metric", "value", "95% interval", "n", "leaky", "shuffled"):

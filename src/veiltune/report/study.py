@@ -126,12 +126,17 @@ def _for_models(rows: Sequence[Row], make: tables.Maker) -> list[Grid]:
     return [make(model, _of(model, rows)) for model in _models(rows)]
 
 
-def _panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows of each task of each model, with a heading."""
+def _panels(rows: Sequence[Row]) -> list[pareto.Panel]:
+    """Those of each task of each model."""
     several = len(_models(rows)) > 1
-    return [
-        (f"{model}, {task}" if several else task, [row for row in rows if (row.model, row.task) == (model, task)])
+    named = {
+        (model, task): f"{model}, {task}" if several else task
         for model, task in dict.fromkeys((row.model, row.task) for row in rows)
+    }
+    return [
+        panel
+        for key, name in named.items()
+        for panel in pareto.panels_of(name, [row for row in rows if (row.model, row.task) == key])
     ]
 
 
@@ -159,18 +164,14 @@ def _front_section(page: Page, rows: Sequence[Row]) -> None:
     page.section(
         "Privacy against utility",
         "Up is more useful, right is more private; a larger marker moves more bytes a step. Bars are 95% intervals. The dashed "
-        "line joins the settings that no other beats in both; where intervals overlap, the order may be chance.",
+        "line joins the settings that no other beats in both; where intervals overlap, the order may be chance. Each figure is "
+        "of attackers who are after the same texts and know no more than its heading says.",
     )
     drawn = []
     for number, panel in enumerate(_panels(rows), 1):
-        words = pareto.described(panel[1])
-        drawn.append(
-            (
-                svg(pareto.draw([panel], width=_NARROW), label=f"{panel[0]}: {words}", prefix=f"front{number}"),
-                panel[0],
-                words,
-            )
-        )
+        title, words = panel.title, pareto.described(panel)
+        picture = svg(pareto.draw([panel], width=_NARROW), label=f"{title}: {words}", prefix=f"front{number}")
+        drawn.append((picture, title, words))
     page.figures(drawn)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from veiltune.config import Config
 from veiltune.errors import ExactnessError, UserError, VeiltuneError
-from veiltune.evaluation.attacking import attack_run
+from veiltune.evaluation.attacking import Attacked, attack_run
 from veiltune.evaluation.record import RESULT, result_of
 from veiltune.evaluation.studies.grammar import flat
 from veiltune.evaluation.studies.output import RECORDS
@@ -28,7 +28,16 @@ from veiltune.evaluation.studies.plan import AttackPlan, RunPlan, Study
 from veiltune.parties.party import Job
 from veiltune.results import RunResult, write_result, write_text
 from veiltune.session import run_session
-from veiltune.study_records import AttackCell, AttackFigure, RunCell, TextSample, append_record, read_study
+from veiltune.study_records import (
+    AttackCell,
+    AttackFigure,
+    NothingCrossed,
+    RunCell,
+    TextSample,
+    append_record,
+    read_study,
+)
+from veiltune.study_terms import told_phase
 
 Records = dict[str, RunCell | AttackCell]
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -183,6 +192,7 @@ class _Work:
             found = attack_run(
                 place,
                 plan.attack,
+                phase=plan.phase,
                 moment=plan.moment,
                 limit=plan.limit,
                 seed=run.config.seed,
@@ -198,7 +208,7 @@ class _Work:
             names = AttackFigure.model_fields
             figures = {each.metric: {name: getattr(each, name) for name in names} for each in found.findings}
             samples = [TextSample(truth=_cut(s.truth), found=_cut(s.found)) for s in found.samples[:SAMPLES]]
-            ended = {"status": "ok", "figures": figures, "samples": samples}
+            ended = {"status": "ok", "figures": figures, "samples": samples, "nothing": _counted(found)}
         gc.collect()  # the model that was attacked, before the next one is loaded
         self._record(_attack_cell(run, plan, begin, **ended), f"{run.title}: {_title(plan)}")
 
@@ -281,13 +291,23 @@ def _attack_cell(run: RunPlan, plan: AttackPlan, begin: float, **ended: Any) -> 
         attack_setting=plan.attack.setting,
         moment=plan.moment,
         observer=plan.attack.observer,
+        knows=plan.attack.knows,
+        phase=plan.phase,
         **ended,
     )
 
 
 def _title(plan: AttackPlan) -> str:
     setting = f" ({plan.attack.setting})" if plan.attack.setting else ""
-    return f"{plan.attack.name}{setting}, {plan.moment} texts"
+    phase = "" if plan.phase in {None, "tuning"} else f", {told_phase(plan.phase)}"
+    return f"{plan.attack.name}{setting}, {plan.moment} texts{phase}"
+
+
+def _counted(found: Attacked) -> NothingCrossed | None:
+    nothing = found.nothing
+    if nothing is None:
+        return None
+    return NothingCrossed(passes=nothing.num_passes, others=nothing.num_others, returned=nothing.num_returned)
 
 
 def _cut(text: str) -> str:

@@ -13,6 +13,7 @@
     [attacks.vocabulary_matching]        # the attack of that name, or any name with  attack = "…"
     moment = "last"
     limit = 16
+    phases = ["tuning"]                  # else each phase that the run has: "tuning", "validation", "questions"
 
     [[designs]]
     design = "online"
@@ -38,6 +39,7 @@ from veiltune.choices import TASKS, find_task
 from veiltune.config import Config, Section, load_section
 from veiltune.designs import DESIGNS
 from veiltune.errors import ConfigError, DataError, nearest
+from veiltune.study_terms import Phase
 
 SHARED = ("dtype", "device", "data", "cut", "lora", "train", "evaluate", "enclave", "session")
 """What a study, and a design in it, may say of its runs' configurations, beside the design's own table."""
@@ -48,6 +50,9 @@ RESERVED: Mapping[str, str] = {
     "session.record": "the attacks' observers are recorded",
 }
 """Keys that follow from the study, and why they cannot be given."""
+
+LATER_LIMIT = 4
+"""Sequences of validation texts and of questions, where a study does not name its attacks' phases."""
 
 _Table = dict[str, Any]
 _Points = dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]]
@@ -103,6 +108,13 @@ class AttackEntry(Section):
     sweep: _Points = Field(default_factory=dict)
     moment: Literal["first", "last"] = "first"
     limit: int = Field(default=8, ge=2, description="sequences to reconstruct")
+    phases: tuple[Phase, ...] | None = Field(
+        default=None, min_length=1, description="whose texts; none named: each phase that a run has, later ones briefly"
+    )
+
+    def limit_in(self, phase: Phase | None) -> int:
+        """Sequences to reconstruct of a phase: fewer of those that nobody asked for by name."""
+        return self.limit if phase in {None, "tuning"} or self.phases is not None else min(self.limit, LATER_LIMIT)
 
 
 class DesignEntry(Section):

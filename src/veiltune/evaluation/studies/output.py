@@ -102,6 +102,7 @@ def _planned(study: Study) -> dict[str, Any]:
                 **heading,
                 "attack": each.attack.name,
                 "attack_setting": each.attack.setting,
+                "phase": each.phase,
                 "moment": each.moment,
                 "observer": each.attack.observer,
             }

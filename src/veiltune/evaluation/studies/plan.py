@@ -21,14 +21,15 @@ from veiltune.designs import DESIGNS, option_tables
 from veiltune.errors import ConfigError, UserError, VeiltuneError
 from veiltune.evaluation.attacking import require_fit
 from veiltune.evaluation.inputs import check_inputs
-from veiltune.evaluation.studies.grammar import DesignEntry, StudyFile, TaskEntry, flat
-from veiltune.evaluation.truth import Moment
+from veiltune.evaluation.studies.grammar import AttackEntry, DesignEntry, StudyFile, TaskEntry, flat
+from veiltune.evaluation.truth import Moment, tunes_on_emulator
 from veiltune.models.cache import cache_key, cache_root, file_sha256
 from veiltune.models.cut import Cut
 from veiltune.models.packages import find_package
 from veiltune.models.sources import resolve_config
 from veiltune.results import versions
 from veiltune.study_records import STUDY_SCHEMA
+from veiltune.study_terms import ALL_PHASES, Phase
 
 _UNNAMED = ("data", "evaluate", "enclave", "session")
 """Tables that tell no setting from another: they are left out of a label that is made."""
@@ -39,10 +40,11 @@ _OUTCOME_FREE = {"output": True, "session": {"record", "token_file", "retry_seco
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """One attack on one run; ``cell`` is its digest."""
+    """One attack on one phase of one run; ``cell`` is its digest, ``phase`` is ``None`` of an attack on no texts."""
 
     cell: str
     attack: Attack
+    phase: Phase | None
     moment: Moment
     limit: int
     corpus: str | None
@@ -104,8 +106,7 @@ class _Chosen:
 
     name: str
     attack: Attack
-    moment: Moment
-    limit: int
+    entry: AttackEntry
 
 
 def plan_study(file: StudyFile) -> Study:
@@ -208,11 +209,16 @@ def _run(
     held = [contents[source] for source in (file.tables.model, *task.sources)]
     measured = [STUDY_SCHEMA, _decisive(config), versions(), held]
     planned: list[AttackPlan] = []
-    for each in _fitting(entry, attacks, recorded or config):
-        made = [each.attack.name, dataclasses.asdict(each.attack), each.moment, each.limit]
+    attacked = recorded or config
+    apart = tunes_on_emulator(attacked)
+    for each, phase in _in_phases(list(_fitting(entry, attacks, attacked)), attacked):
+        moment = _moment(each.entry, phase)
+        limit = each.entry.limit if apart else each.entry.limit_in(phase)
+        made = [each.attack.name, dataclasses.asdict(each.attack), moment, limit]
+        made += [phase] if phase is not None and (apart or phase != "tuning") else []  # as before there were phases
         learnt = [corpus, contents.get(corpus or "")] if "corpus" in each.attack.auxiliary else []
         cell = cache_key("attack", measured, None if recorded is None else _decisive(recorded), made, learnt)
-        planned.append(AttackPlan(cell, each.attack, each.moment, each.limit, corpus))
+        planned.append(AttackPlan(cell, each.attack, phase, moment, limit, corpus))
     return RunPlan(cache_key("run", measured), variant.setting, task.name, config, recorded, tuple(planned))
 
 
@@ -267,7 +273,7 @@ def _attacks(file: StudyFile) -> Iterator[_Chosen]:
                     hint="leave one of them out, or give them other settings",
                 )
             seen[heading] = name
-            yield _Chosen(name, attack, entry.moment, entry.limit)
+            yield _Chosen(name, attack, entry)
 
 
 def _fitting(entry: DesignEntry, attacks: Sequence[_Chosen], config: Config) -> Iterator[_Chosen]:
@@ -286,3 +292,35 @@ def _fitting(entry: DesignEntry, attacks: Sequence[_Chosen], config: Config) -> 
                 raise
             continue
         yield each
+
+
+def _in_phases(chosen: Sequence[_Chosen], config: Config) -> Iterator[tuple[_Chosen, Phase | None]]:
+    """Each attack in each phase that the run has, those on the texts tuned on first.
+
+    Later phases are attacked once with the same settings, whatever moments of tuning the study asks for. Where nothing crosses in
+    a phase, one attack of each observer is planned there: all it does is to count.
+    """
+    apart = tunes_on_emulator(config)
+    seen: set[Any] = set()
+    for phase in _phases(config):
+        for each in chosen:
+            if not each.attack.of_texts or phase not in (each.entry.phases or _phases(config)):
+                continue
+            counts = apart and phase != "questions"
+            if phase not in each.attack.phases and not counts:
+                continue
+            one = each.attack.observer if counts else (each.attack, _moment(each.entry, phase))
+            if (phase, one) not in seen:
+                seen.add((phase, one))
+                yield each, phase
+    yield from ((each, None) for each in chosen if not each.attack.of_texts)
+
+
+def _phases(config: Config) -> list[Phase]:
+    has = {"tuning": config.data.train, "validation": config.data.validation, "questions": config.evaluate.tasks}
+    return [phase for phase in ALL_PHASES if has.get(phase)]
+
+
+def _moment(entry: AttackEntry, phase: Phase | None) -> Moment:
+    """Questions are attacked as they cross last, after tuning: that is what inference is."""
+    return entry.moment if phase in {None, "tuning"} else "last"

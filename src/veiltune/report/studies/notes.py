@@ -11,6 +11,7 @@ from veiltune.report.studies.words import cost_text, estimate_cell, hardware_cel
 from veiltune.results import RunResult
 from veiltune.study_records import AttackCell, RunCell, runs_of
 from veiltune.study_rows import CostSummary, Row
+from veiltune.study_terms import KNOWS, PHASES, told_knows
 
 MEANINGS: tuple[tuple[str, str], ...] = (
     (
@@ -30,9 +31,26 @@ MEANINGS: tuple[tuple[str, str], ...] = (
     (
         "strongest reconstruction",
         (
-            "The most text that any attack of that observer got: ROUGE-L (words in order), else the share of tokens found in "
+            "The most text that any attack of one attacker got: ROUGE-L (words in order), else the share of tokens found in "
             "place, else the cosine of states. 1 is the whole text. It bounds from below what can be got: a stronger attack may "
             "come. Chance is above 0 where texts share a template; the shuffled control tells by how much."
+        ),
+    ),
+    (
+        "attacker",
+        (
+            "An observer, the texts it is after, and what it knows beside what it sees and holds. Knowledge: "
+            + "; ".join(f"{told_knows(name)}: {text}" for name, text in KNOWS.items())
+            + ". Texts: "
+            + "; ".join(f"{name}: {text}" for name, text in PHASES.items())
+            + ". A figure of privacy against utility is of whoever knows no more than its heading says."
+        ),
+    ),
+    (
+        "nothing crossed",
+        (
+            "Counted in the observer's transcript: every recorded pass was told to be of other texts. Where layers that were "
+            "tuned on the text were returned, that is no statement about it, and the cell says so."
         ),
     ),
     (

@@ -73,7 +73,7 @@ class Page:
             f"<div><dt>reconstructed</dt><dd>{escape(each.found)}</dd></div></dl>"
             for each in attack.samples[:SAMPLES]
         )
-        title = f"{row.label}, {row.task}: {attack.label} by the {attack.observer}{strength}"
+        title = f"{row.label}, {row.task}: {attack.label} by {attack.attacker}{strength}"
         self._add(f'<div class="secret"><h3>{escape(title)}</h3>{pairs}</div>')
 
     def html(self) -> str:

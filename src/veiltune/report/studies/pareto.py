@@ -1,13 +1,14 @@
 """Privacy against utility: which settings lie on the front, and a figure of it with cost as size.
 
-Privacy is 1 less the strongest reconstruction over all observers. A setting is on the front if no other is at least as good in
-both and better in one. Intervals are drawn, not used: of two settings whose intervals overlap neither may be the better one.
+Privacy is 1 less the strongest reconstruction over all observers, by attackers who know no more than the panel says and are
+after the texts that it names. A setting is on the front if no other is at least as good in both and better in one. Intervals are
+drawn, not used: of two settings whose intervals overlap neither may be the better one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ from veiltune.report.figures import INK, PAPER, dress, new_figure, verbatim
 from veiltune.report.studies.labels import Anchor, place_labels
 from veiltune.report.studies.looks import Look, looks_of
 from veiltune.report.studies.words import exposure_text, figure
-from veiltune.study_rows import CostSummary, Row
+from veiltune.study_rows import CostSummary, Exposure, Row, Worst
+from veiltune.study_terms import ALL_KNOWS, ALL_PHASES, Knows, Phase, told_knows, told_phase
 from veiltune.study_values import Absent, Estimate
 
+_A: Mapping[Knows, str] = {"public_ancestor": "a "}
 SMALLEST, LARGEST = 40.0, 420.0
 """Areas of markers, in square points."""
 
@@ -34,6 +37,7 @@ class Point:
         utility: with its interval.
         num_bytes: a step; None if no record says.
         by_design: the text is in the clear at an observer; nothing was attacked.
+        uncrossed: nothing of the texts crossed, which was counted; nothing was attacked.
     """
 
     label: str
@@ -42,14 +46,60 @@ class Point:
     utility: Estimate
     num_bytes: float | None
     by_design: bool
+    uncrossed: bool = False
 
 
-def points_of(rows: Sequence[Row]) -> tuple[list[Point], list[str]]:
-    """The points of one task's rows, and why each other row has none."""
+@dataclass(frozen=True)
+class Panel:
+    """One task's rows, as attackers of one kind see them.
+
+    Attributes:
+        name: of the task, with the model where there are several.
+        rows: of it.
+        phase: whose texts they are after; ``None``: any, where nothing was attacked.
+        knows: what they know at most; ``None``: as above.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    phase: Phase | None = None
+    knows: Knows | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is of."""
+        return f"{self.name}: {self.attackers}" if self.attackers else self.name
+
+    @property
+    def attackers(self) -> str:
+        """Who attacks, in words; empty where nothing was measured."""
+        if self.phase is None or self.knows is None:
+            return ""
+        besides = "no more" if self.knows == "nothing" else f"at most {_A.get(self.knows, '')}{told_knows(self.knows)}"
+        return f"{told_phase(self.phase)}, by whoever knows {besides}"
+
+    def exposure(self, row: Row) -> Exposure | Absent:
+        """What these attackers get of a row's texts."""
+        return row.exposure_to(
+            None if self.knows is None else (self.knows,), None if self.phase is None else (self.phase,)
+        )
+
+
+def panels_of(name: str, rows: Sequence[Row]) -> list[Panel]:
+    """A panel for each phase and each knowledge of which something was measured; one alone where nothing was."""
+    measured = {(who.phase, who.knows) for row in rows for who, worst in row.worst.items() if isinstance(worst, Worst)}
+    found = [
+        Panel(name, rows, phase, knows) for phase in ALL_PHASES for knows in ALL_KNOWS if (phase, knows) in measured
+    ]
+    return found or [Panel(name, rows)]
+
+
+def points_of(panel: Panel) -> tuple[list[Point], list[str]]:
+    """The points of a panel's rows, and why each other row has none."""
     points: list[Point] = []
     left_out: list[str] = []
-    for row in rows:
-        exposure = row.exposure
+    for row in panel.rows:
+        exposure = panel.exposure(row)
         if isinstance(row.utility, Absent) or isinstance(exposure, Absent) or not math.isfinite(row.utility.value):
             why = row.utility if isinstance(row.utility, Absent) else exposure_text(exposure)
             left_out.append(f"{row.label} ({why})")
@@ -63,7 +113,8 @@ def points_of(rows: Sequence[Row]) -> tuple[list[Point], list[str]]:
             exposure.estimate.seeds,
         )
         num_bytes = row.cost.bytes_per_step if isinstance(row.cost, CostSummary) else None
-        points.append(Point(row.label, row.design, privacy, row.utility, num_bytes, exposure.by_design))
+        kinds = (exposure.by_design, exposure.uncrossed is not None)
+        points.append(Point(row.label, row.design, privacy, row.utility, num_bytes, *kinds))
     return points, left_out
 
 
@@ -80,9 +131,9 @@ def _same(a: Point, b: Point) -> bool:
     return (a.privacy.value, a.utility.value) == (b.privacy.value, b.utility.value)
 
 
-def described(rows: Sequence[Row]) -> str:
-    """The figure of one task in words."""
-    points, left_out = points_of(rows)
+def described(panel: Panel) -> str:
+    """A panel in words."""
+    points, left_out = points_of(panel)
     ahead = "; ".join(
         f"{p.label}, utility {figure(p.utility.value)}, privacy {figure(p.privacy.value)}" for p in front(points)
     )
@@ -90,48 +141,49 @@ def described(rows: Sequence[Row]) -> str:
     return f"{len(points)} settings. On the front: {ahead or 'none'}.{rest}"
 
 
-def draw(tasks: Sequence[tuple[str, Sequence[Row]]], *, width: float = 6.4, paper: str | None = None) -> Any:
-    """One panel for each task's rows, side by side two at a time.
+def draw(panels: Sequence[Panel], *, width: float = 6.4, paper: str | None = None) -> Any:
+    """The panels, side by side two at a time.
 
     Args:
-        tasks: what a panel is of, and its rows.
+        panels: of `panels_of`.
         width: of a panel, in inches.
         paper: colour behind; None: transparent, for a page.
     """
-    picture, panels = _figure(tasks, width, paper, numbered=False)
-    if any(place_labels(axes, anchors, [each.text for each in anchors]) is None for axes, anchors in panels):
-        picture, panels = _figure(tasks, width, paper, numbered=True)
-        for axes, anchors in panels:
+    picture, drawn = _figure(panels, width, paper, numbered=False)
+    if any(place_labels(axes, anchors, [each.text for each in anchors]) is None for axes, anchors in drawn):
+        picture, drawn = _figure(panels, width, paper, numbered=True)
+        for axes, anchors in drawn:
             place_labels(axes, anchors, [str(number) for number in range(1, len(anchors) + 1)], anywhere=True)
     return picture
 
 
 def _figure(
-    tasks: Sequence[tuple[str, Sequence[Row]]], width: float, paper: str | None, *, numbered: bool
+    panels: Sequence[Panel], width: float, paper: str | None, *, numbered: bool
 ) -> tuple[Any, list[tuple[Any, list[Anchor]]]]:
     """The figure without labels, its layout settled, and what is to be labelled in each panel."""
-    columns = min(2, len(tasks))
-    lines = math.ceil(len(tasks) / columns)
-    most = max(len(rows) for _, rows in tasks) if numbered else 0
-    height = 5.4 + 0.2 * math.ceil(most / 2)
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    most = max(len(panel.rows) for panel in panels) if numbered else 0
+    height = 5.8 + 0.2 * math.ceil(most / 2)
     picture = new_figure(width * columns, height * lines, paper)
-    looks = looks_of([row.design for _, rows in tasks for row in rows])
-    panels = [
-        (axes, _panel(axes, name, rows, looks, numbered=numbered))
-        for index, (name, rows) in enumerate(tasks)
+    looks = looks_of([row.design for panel in panels for row in panel.rows])
+    drawn = [
+        (axes, _panel(axes, panel, looks, numbered=numbered))
+        for index, panel in enumerate(panels)
         for axes in [picture.add_subplot(lines, columns, index + 1)]
     ]
     picture.canvas.draw()
     picture.set_layout_engine("none")
-    return picture, panels
+    return picture, drawn
 
 
-def _panel(axes: Any, name: str, rows: Sequence[Row], looks: dict[str, Look], *, numbered: bool) -> list[Anchor]:
-    points, _ = points_of(rows)
+def _panel(axes: Any, panel: Panel, looks: dict[str, Look], *, numbered: bool) -> list[Anchor]:
+    points, _ = points_of(panel)
     dress(axes)
-    axes.set_title(verbatim(name), loc="left", color=INK, fontsize=12)
+    heading = "\n".join(part for part in (panel.name, panel.attackers) if part)
+    axes.set_title(verbatim(heading), loc="left", color=INK, fontsize=11)
     axes.set_xlabel("privacy (1 − strongest text reconstruction)", color=INK, fontsize=11)
-    metrics = " or ".join(dict.fromkeys(row.metric for row in rows if row.metric))
+    metrics = " or ".join(dict.fromkeys(row.metric for row in panel.rows if row.metric))
     axes.set_ylabel(verbatim(f"utility ({metrics})"), color=INK, fontsize=11)
     if not points:
         axes.text(0.5, 0.5, "no setting has both figures", ha="center", color=INK, transform=axes.transAxes)
@@ -165,7 +217,7 @@ def _marker(axes: Any, point: Point, points: Sequence[Point], look: Look) -> Anc
     axes.plot([left, right], [y, y], color=look.colour, linewidth=1.1, alpha=0.55, zorder=3)
     axes.plot([x, x], [low, high], color=look.colour, linewidth=1.1, alpha=0.55, zorder=3)
     area = marker_area(point.num_bytes, [each.num_bytes for each in points])
-    face = PAPER if point.by_design else look.colour
+    face = PAPER if point.by_design or point.uncrossed else look.colour
     axes.scatter(
         [x],
         [y],
@@ -174,6 +226,7 @@ def _marker(axes: Any, point: Point, points: Sequence[Point], look: Look) -> Anc
         facecolor=face,
         edgecolor=look.colour,
         linewidth=1.5,
+        linestyle=":" if point.uncrossed else "-",
         zorder=5 - area / (2 * LARGEST),
     )
     return Anchor(x, y, math.sqrt(area) / 2, point.label, look.colour)
@@ -197,8 +250,13 @@ def _legend(axes: Any, points: Sequence[Point], numbered: Sequence[Anchor]) -> N
             area = marker_area(value, known)
             text = f"{bytes_text(value)} a step"
             handles.append(axes.scatter([], [], s=area, facecolor="none", edgecolor=INK, label=text))
+    if any(point.uncrossed for point in points):
+        label = "dotted: nothing crossed"
+        handles.append(
+            axes.scatter([], [], s=60, facecolor=PAPER, edgecolor=INK, linewidth=1.5, linestyle=":", label=label)
+        )
     if any(point.by_design for point in points):
-        label = "hollow: text in the clear by design"
+        label = "hollow: in the clear by design"
         handles.append(axes.scatter([], [], s=60, facecolor=PAPER, edgecolor=INK, linewidth=1.5, label=label))
     for number, anchor in enumerate(numbered, 1):
         handles.append(axes.plot([], [], linestyle="", label=verbatim(f"{number}  {anchor.text}"))[0])

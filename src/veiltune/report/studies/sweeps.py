@@ -1,4 +1,7 @@
-"""Sweeps: settings of one design that differ in one option, as lines of utility and of the strongest attack against it."""
+"""Sweeps: settings of one design that differ in one option, as lines of utility and of the strongest attack against it.
+
+Attacks are drawn apart by the texts they are after and by what they know at most, as in the fronts (`studies.pareto`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 from veiltune.report.figures import INK, dress, new_figure, verbatim
 from veiltune.report.studies.looks import Look, looks_of
+from veiltune.report.studies.pareto import Panel, panels_of
 from veiltune.report.studies.words import exposure_text, figure
 from veiltune.study_rows import Row
 from veiltune.study_values import Absent, Estimate
@@ -139,15 +143,21 @@ def _value(value: Any) -> Value:
     return "unset" if value is None else str(value)
 
 
+def views_of(sweep: Sweep) -> list[Panel]:
+    """Attackers of whom something was measured at some value; one that knows anything if there are none."""
+    return panels_of("", [row for line in sweep.lines for row in line.rows])
+
+
 def described(sweep: Sweep) -> str:
     """The lines in words: utility and reconstruction at each value."""
-    return " ".join(f"{line.name}: {'; '.join(_told(line))}." for line in sweep.lines)
+    views = views_of(sweep)
+    return " ".join(f"{line.name}: {'; '.join(_told(line, views))}." for line in sweep.lines)
 
 
-def _told(line: Line) -> list[str]:
+def _told(line: Line, views: Sequence[Panel]) -> list[str]:
     return [
         f"at {_tick(value)} utility {figure(row.utility.value) if isinstance(row.utility, Estimate) else row.utility}, "
-        f"{exposure_text(row.exposure)}"
+        + ", ".join(f"{each.attackers} {exposure_text(each.exposure(row))}".strip() for each in views)
         for value, row in zip(line.values, line.rows, strict=True)
     ]
 
@@ -168,23 +178,27 @@ def draw(sweep: Sweep, *, width: float = 6.4, paper: str | None = None) -> Any:
         paper: colour behind; None: transparent, for a page.
     """
     rows, columns = math.ceil(len(sweep.lines) / 2), 2 if width > 6 else 1
-    picture = new_figure(width, 6.0 + 0.2 * rows * columns, paper)
-    upper = picture.add_subplot(2, 1, 1)
-    lower = picture.add_subplot(2, 1, 2, sharex=upper)
+    views = views_of(sweep)
+    picture = new_figure(width, 3.0 + 3.0 * len(views) + 0.2 * rows * columns, paper)
+    upper = picture.add_subplot(len(views) + 1, 1, 1)
+    lowers = [picture.add_subplot(len(views) + 1, 1, at, sharex=upper) for at in range(2, len(views) + 2)]
     looks = looks_of([line.name for line in sweep.lines])
     places = _places(sweep)
-    for axes, name in ((upper, "utility"), (lower, "strongest reconstruction")):
+    named = [("utility", ""), *(("strongest reconstruction", each.attackers) for each in views)]
+    for axes, (name, attackers) in zip([upper, *lowers], named, strict=True):
         dress(axes)
         axes.set_ylabel(name, color=INK, fontsize=11)
+        axes.set_title(verbatim(attackers), loc="left", color=INK, fontsize=10)
     for index, line in enumerate(sweep.lines):
         shift = index - (len(sweep.lines) - 1) / 2
         xs = [places[value] for value in line.values]
         xs = _shifted(xs, shift, places, logarithmic=_is_wide(sweep))
         _plot(upper, xs, [row.utility for row in line.rows], looks[line.name], line.name, joined=sweep.is_numeric)
-        exposures = [row.exposure for row in line.rows]
-        values = [each if isinstance(each, Absent) else each.estimate for each in exposures]
-        _plot(lower, xs, values, looks[line.name], line.name, joined=sweep.is_numeric)
-    _axis(upper, lower, sweep, places)
+        for lower, view in zip(lowers, views, strict=True):
+            exposures = [view.exposure(row) for row in line.rows]
+            values = [each if isinstance(each, Absent) else each.estimate for each in exposures]
+            _plot(lower, xs, values, looks[line.name], line.name, joined=sweep.is_numeric)
+    _axes(upper, lowers, sweep, places)
     legend = {
         "loc": "upper center",
         "bbox_to_anchor": (0.5, -0.24),
@@ -192,7 +206,7 @@ def draw(sweep: Sweep, *, width: float = 6.4, paper: str | None = None) -> Any:
         "fontsize": 10,
         "labelcolor": INK,
     }
-    lower.legend(ncols=columns, **legend)
+    lowers[-1].legend(ncols=columns, **legend)
     return picture
 
 
@@ -229,16 +243,19 @@ def _plot(
             axes.plot([x, x], value.bounds, color=look.colour, linewidth=1.1, alpha=0.6)
 
 
-def _axis(upper: Any, lower: Any, sweep: Sweep, places: Mapping[Value, float]) -> None:
+def _axes(upper: Any, lowers: Sequence[Any], sweep: Sweep, places: Mapping[Value, float]) -> None:
     from matplotlib.ticker import NullLocator
 
+    last = lowers[-1]
     if _is_wide(sweep):
-        lower.set_xscale("log", base=2)
-    lower.set_xticks(list(places.values()), [verbatim(_tick(value)) for value in places])
-    lower.xaxis.set_minor_locator(NullLocator())
+        last.set_xscale("log", base=2)
+    last.set_xticks(list(places.values()), [verbatim(_tick(value)) for value in places])
+    last.xaxis.set_minor_locator(NullLocator())
     if not sweep.is_numeric:
-        lower.set_xlim(-0.5, len(places) - 0.5)
-    lower.set_ylim(-0.04, 1.04)
-    upper.tick_params(labelbottom=False)
+        last.set_xlim(-0.5, len(places) - 0.5)
+    for axes in lowers:
+        axes.set_ylim(-0.04, 1.04)
+    for axes in (upper, *lowers[:-1]):
+        axes.tick_params(labelbottom=False)
     upper.set_title(verbatim(sweep.title), loc="left", color=INK, fontsize=12)
-    lower.set_xlabel(verbatim(sweep.knob), color=INK, fontsize=11)
+    last.set_xlabel(verbatim(sweep.knob), color=INK, fontsize=11)

@@ -20,8 +20,9 @@ from veiltune.report.studies.words import (
     seconds_text,
     status_cell,
 )
-from veiltune.study_rows import AttackRow, CostSummary, Row, Worst
+from veiltune.study_rows import Attacker, AttackRow, CostSummary, Row, Uncrossed, Worst
 from veiltune.study_summary import settings_of
+from veiltune.study_terms import told_knows
 from veiltune.study_values import Absent, Estimate
 
 Maker = Callable[[str, Sequence[Row]], Grid]
@@ -31,7 +32,11 @@ Maker = Callable[[str, Sequence[Row]], Grid]
 def glance(model: str, rows: Sequence[Row]) -> Grid:
     """One line a design and setting, two columns a task."""
     tasks = list(dict.fromkeys(row.task for row in rows))
-    headings = [name for task in tasks for name in (_utility_heading(task, rows), f"{task}: strongest reconstruction")]
+    headings = [
+        name
+        for task in tasks
+        for name in (_utility_heading(task, rows), f"{task}: strongest reconstruction, by attacker")
+    ]
     lines: list[list[Cell | str]] = []
     for entry in settings_of(rows).values():
         by_task = {row.task: row for row in entry}
@@ -94,15 +99,22 @@ def privacy(model: str, rows: Sequence[Row]) -> Grid:
     """The strongest attack on every row, observer by observer, with its controls; of weights too, where one was tried."""
     lines: list[list[Cell | str]] = []
     for row in rows:
-        clear = [(who, "text", [Cell("reads it by design", "loud"), *[""] * 5]) for who in row.facts.clear_to]
-        text = [(who, "text", _worst_cells(worst)) for who, worst in row.worst.items()]
+        clear = [
+            (Attacker(who, None, None), "every text", [Cell("reads it by design", "loud"), *[""] * 5])
+            for who in row.facts.clear_to
+        ]
+        text = [(who, who.phase or "text", _worst_cells(worst)) for who, worst in row.worst.items()]
         weights = [(who, "weights", _worst_cells(worst)) for who, worst in row.worst_weights.items()]
-        lines.extend([_name(row), row.task, who, what, *cells] for who, what, cells in (*clear, *text, *weights))
-    columns = ("design: setting", "task", "observer", "of what", "strongest attack", "metric", "value [95%]")
+        lines.extend(
+            [_name(row), row.task, who.observer, what, _knows(who), *cells]
+            for who, what, cells in (*clear, *text, *weights)
+        )
+    columns = ("design: setting", "task", "observer", "of what", "knows besides", "strongest attack", "metric")
     return Grid(
-        f"{model}: the strongest attack of each observer",
-        (*columns, "sequences × seeds", "leaky control", "shuffled control"),
+        f"{model}: the strongest attack of each observer, by texts and by what it knows",
+        (*columns, "value [95%]", "sequences × seeds", "leaky control", "shuffled control"),
         lines,
+        "Attackers who know different things, or are after different texts, are shown apart: no line is the best of several. "
         "Leaky control: the same attack with protection off, where it must succeed. Shuffled control: against other texts, "
         "where it must fall to chance. An attack whose controls fail is withheld.",
     )
@@ -131,7 +143,17 @@ def costs(model: str, rows: Sequence[Row]) -> Grid:
 def attack_tables(model: str, rows: Sequence[Row]) -> dict[str, Grid]:
     """By attack: every figure of it, with its controls."""
     names = dict.fromkeys(attack.attack for row in rows for attack in row.attacks)
-    columns = ("design: setting", "task", "observer", "texts", "settings", "metric", "value", "95% interval")
+    columns = (
+        "design: setting",
+        "task",
+        "observer",
+        "of what",
+        "knows besides",
+        "texts",
+        "settings",
+        "metric",
+        "value",
+    )
     tables: dict[str, Grid] = {}
     for name in names:
         lines = [
@@ -139,7 +161,7 @@ def attack_tables(model: str, rows: Sequence[Row]) -> dict[str, Grid]:
         ]
         tables[name] = Grid(
             f"{model}: {name}",
-            (*columns, "sequences × seeds", "leaky control", "shuffled control", "status"),
+            (*columns, "95% interval", "sequences × seeds", "leaky control", "shuffled control", "status"),
             lines,
             "state_error and weight_error are relative errors: less is better for the attacker. Of all others, more is.",
         )
@@ -212,9 +234,16 @@ def _count(value: Estimate | Absent) -> str:
     return f"{value.n} × {value.seeds}" if isinstance(value, Estimate) else ""
 
 
-def _worst_cells(worst: Worst | Absent) -> list[Cell | str]:
+def _knows(who: Attacker) -> str:
+    return "" if who == Attacker(who.observer, None, None) else told_knows(who.knows)
+
+
+def _worst_cells(worst: Worst | Uncrossed | Absent) -> list[Cell | str]:
     if isinstance(worst, Absent):
         return [shown(worst), *[""] * 5]
+    if isinstance(worst, Uncrossed):
+        counted = f"{worst.counted.passes} of {worst.counted.passes + worst.counted.others}"
+        return ["none: nothing crossed", "recorded passes", f"{figure(0.0)}: {counted}", "", "", ""]
     return [worst.by.label, worst.metric, *_controlled_cells(worst.by, worst.metric, joined=True)]
 
 
@@ -241,7 +270,12 @@ def _cost_texts(cost: CostSummary) -> list[str | None]:
 
 
 def _attack_lines(row: Row, attack: AttackRow) -> list[list[Cell | str]]:
-    heading: list[Cell | str] = [_name(row), row.task, attack.observer, attack.moment, attack.setting or "defaults"]
+    what, knows = attack.phase or "no text", told_knows(attack.knows)
+    heading: list[Cell | str] = [_name(row), row.task, attack.observer, what, knows, attack.moment]
+    heading.append(attack.setting or "defaults")
+    if attack.nothing is not None:
+        passes = attack.nothing.passes
+        return [[*heading, "recorded passes", str(passes), "", "", "", "", status_cell(attack)]]
     if attack.absent is not None:
         return [[*heading, *[""] * 6, status_cell(attack)]]
     return [

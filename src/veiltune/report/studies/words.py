@@ -6,7 +6,7 @@ import math
 
 from veiltune.report.comparison import SIMULATED, bytes_text, percent, spread_text
 from veiltune.report.studies.grid import Cell
-from veiltune.study_rows import AttackRow, CostSummary, Exposure, Row, Worst
+from veiltune.study_rows import Attacker, AttackRow, CostSummary, Exposure, Row, Uncrossed, Worst
 from veiltune.study_values import Absent, Estimate
 
 MINUS = "−"
@@ -51,11 +51,11 @@ def difference_cell(row: Row) -> Cell | Absent:
     return row.difference if isinstance(row.difference, Absent) else Cell(signed(row.difference))
 
 
-def worst_cell(observer: str, worst: Worst | Absent) -> str:
-    """An observer's strongest reconstruction in one line or two."""
-    if isinstance(worst, Absent):
-        return f"{observer}: {worst}"
-    return f"{observer}: {worst.metric} {estimated(worst.figure.estimate)}\nby {worst.by.label}"
+def worst_cell(who: Attacker, worst: Worst | Uncrossed | Absent) -> str:
+    """An attacker's strongest reconstruction in one line or two."""
+    if not isinstance(worst, Worst):
+        return f"{who}:\n{worst}" if who.phase or who.knows else f"{who.observer}: {worst}"
+    return f"{who}:\n{worst.metric} {estimated(worst.figure.estimate)}\nby {worst.by.label}"
 
 
 def exposures_cell(row: Row) -> Cell | Absent:
@@ -74,6 +74,8 @@ def exposure_text(exposure: Exposure | Absent) -> str:
         return str(exposure)
     if exposure.by_design:
         return f"the {exposure.observer} has the text by design"
+    if exposure.uncrossed is not None:
+        return f"the {exposure.observer}: {exposure.uncrossed}"
     return f"reconstruction {estimated(exposure.estimate)} by the {exposure.observer}"
 
 
@@ -88,6 +90,8 @@ def status_cell(row: Row | AttackRow) -> Cell:
     """Whether the cell was measured, and what befell single seeds."""
     if row.absent is not None:
         return Cell(str(row.absent), "absent")
+    if isinstance(row, AttackRow) and row.nothing is not None:
+        return Cell("counted")
     seeds = f"ok, {len(row.seeds)} seed{'s' * (len(row.seeds) != 1)}" if isinstance(row, Row) else "ok"
     return Cell("\n".join([seeds, *row.notes]))
 
