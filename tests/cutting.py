@@ -225,8 +225,9 @@ def own_here(
         except (PeerLostError, ProtocolError):
             return
 
-    for running in started:
-        threading.Thread(target=listen, args=(running.control,), daemon=True).start()
+    listeners = [threading.Thread(target=listen, args=(running.control,), daemon=True) for running in started]
+    for listener in listeners:
+        listener.start()
     owner: Any = None
     try:
         party.dial_services()
@@ -239,7 +240,8 @@ def own_here(
         for link in [*party.links.values(), *([owner.port.link] if isinstance(owner, SplitOwner) else [])]:
             link.close()
         party.control.close()
-        for running in started:
+        for running, listener in zip(started, listeners, strict=True):
+            listener.join(10)  # it reads to the end of what the other end said, which closing would lose
             running.control.close()
 
 

@@ -6,6 +6,7 @@ last two steps' files, so a crash while a new checkpoint is written leaves the c
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veiltune.errors import CheckpointError
-from veiltune.tee.sealing import SealingKey, seal_file, unseal_file
+from veiltune.tee.sealing import SealingKey, seal_file, sync_directory, unseal_file
 
 KEPT = 2
 _STEP = re.compile(r"step-(\d{8})\.(safetensors|sealed)")
@@ -48,7 +49,10 @@ class StateStore:
         if self.key is None:
             partial = path.with_name(path.name + ".partial")
             save_file(values, partial, metadata=metadata)
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())  # it must not be younger on the disk than the commit that names it
             partial.replace(path)
+            sync_directory(path.parent)
         else:
             seal_file(path, values, metadata, self.key, self._context(step))
         self._prune(step)
@@ -57,7 +61,9 @@ class StateStore:
         """Keep the newest up to ``step``. Later ones are of a run that went back, and must not push out the committed one."""
         found = sorted(path for path in self.directory.iterdir() if _STEP.fullmatch(path.name))
         upto = [path for path in found if path.name <= self._path(step).name]
-        for old in set(found) - set(upto[-KEPT:]):
+        # Torn by a kill: nobody else writes here.
+        torn = [*self.directory.glob(".step-*"), *self.directory.glob("step-*.partial")]
+        for old in {*found, *torn} - set(upto[-KEPT:]):
             old.unlink()
 
     def _context(self, step: int) -> str:

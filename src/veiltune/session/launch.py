@@ -126,10 +126,13 @@ def _party(config: Config, job: Job, role: str, links: Mapping[str, Channel], co
 # --- processes ----------------------------------------------------------------------------------------------------------
 
 
-def start_processes(config: Config, job: Job, *, here: str | None = None) -> tuple[list[Running], Party | None]:
+def start_processes(
+    config: Config, job: Job, *, here: str | None = None, held: tuple[int, ...] = ()
+) -> tuple[list[Running], Party | None]:
     """Every party as an operating-system process. Wires are inherited descriptors, so nothing listens anywhere.
 
-    With ``here``, that role is not started but returned, for the caller to be it.
+    With ``here``, that role is not started but returned, for the caller to be it. ``held`` are descriptors that each process
+    keeps open until it ends.
     """
     design = DESIGNS[config.design]
     local = local_roles(config, design)
@@ -147,7 +150,7 @@ def start_processes(config: Config, job: Job, *, here: str | None = None) -> tup
             mine, _ = attach(_start_record(config, job, role, wires[role], theirs.detach()))
             started.append(Running(role, SocketChannel(ours, CONTROL, role)))
         else:
-            process = _spawn(config, _start_record(config, job, role, wires[role], theirs.fileno()))
+            process = _spawn(config, _start_record(config, job, role, wires[role], theirs.fileno()), held)
             theirs.close()
             started.append(Running(role, SocketChannel(ours, CONTROL, role), process=process))
     return started, mine
@@ -196,7 +199,7 @@ def _start_record(config: Config, job: Job, role: str, wires: list[dict[str, Any
     }
 
 
-def _spawn(config: Config, start: dict[str, Any]) -> subprocess.Popen[bytes]:
+def _spawn(config: Config, start: dict[str, Any], held: tuple[int, ...]) -> subprocess.Popen[bytes]:
     fds = [fd for wire in start["wires"] for fd in wire["fds"]]
     with (Path(config.output) / "log" / f"{start['role']}.log").open("ab") as log:
         process = subprocess.Popen(
@@ -204,7 +207,7 @@ def _spawn(config: Config, start: dict[str, Any]) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            pass_fds=[*fds, start["control"]],
+            pass_fds=[*fds, start["control"], *held],
             env=party_environment(config, frugal=start["job"]["native"]),
             start_new_session=True,  # Ctrl-C is the supervisor's to handle
         )

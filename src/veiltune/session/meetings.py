@@ -24,7 +24,7 @@ from pathlib import Path
 
 from veiltune.config import Config
 from veiltune.designs import Design
-from veiltune.errors import PeerLostError, ProtocolError, VeiltuneError
+from veiltune.errors import PeerLostError, ProtocolError, VeiltuneError, storage_fault
 from veiltune.parties.party import Job, Party
 from veiltune.session.dialling import dial
 from veiltune.session.opening import job_of, link_up
@@ -170,6 +170,9 @@ class Meetings:
             meeting.refuse(error)
             raise
         except Exception as error:
+            if fault := storage_fault(error, f"the {self.role}'s"):
+                meeting.refuse(fault)
+                raise fault from error
             # The text of a foreign exception may quote data, so only its type leaves this process.
             meeting.refuse(ProtocolError(f"internal error: {type(error).__name__}", hint="its log has the details"))
             raise

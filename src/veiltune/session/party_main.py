@@ -7,7 +7,7 @@ import logging
 from pydantic import BaseModel
 
 from veiltune.designs import DESIGNS, Design
-from veiltune.errors import PeerLostError, ProtocolError, VeiltuneError
+from veiltune.errors import PeerLostError, ProtocolError, VeiltuneError, storage_fault
 from veiltune.parties.party import Party, peak_rss_bytes
 from veiltune.session.opening import link_up
 from veiltune.transport.messages import Message, PartyDone, PartyFailed
@@ -33,13 +33,15 @@ def run_party(party: Party) -> None:
         ending = PartyFailed(type(error).__name__, error.message, error.hint, error.exit_code)
     except Exception as error:
         log.exception("internal error in the %s", party.role)
-        # The text of a foreign exception may quote data, so only its type leaves this process.
-        ending = PartyFailed(
-            "InternalError",
-            f"internal error in the {party.role}: {type(error).__name__}",
-            f"its log has the details: log/{party.role}.log",
-            70,
-        )
+        if fault := storage_fault(error, f"the {party.role}'s"):
+            ending = PartyFailed(type(fault).__name__, fault.message, fault.hint, fault.exit_code)
+        else:  # the text of a foreign exception may quote data, so only its type leaves this process
+            ending = PartyFailed(
+                "InternalError",
+                f"internal error in the {party.role}: {type(error).__name__}",
+                f"its log has the details: log/{party.role}.log",
+                70,
+            )
     for link in party.links.values():
         link.close()
     try:

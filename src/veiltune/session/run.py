@@ -19,6 +19,7 @@ from veiltune.parties.party import Job
 from veiltune.results import write_json
 from veiltune.session.dialling import check_connect
 from veiltune.session.launch import Running, start_processes, start_threads
+from veiltune.session.locking import sole_use
 from veiltune.training import COMMIT
 from veiltune.transport.messages import Interrupt, Message, PartyDone, PartyFailed, Progress
 from veiltune.transport.transcript import Traffic, merge_traffic
@@ -140,9 +141,11 @@ class Session:
         config: what they agree on.
         job: what they are to do.
         on_event: told of every party's progress.
+        lock: what keeps others out of the output directory, for the parties' processes to hold.
     """
 
-    def __init__(self, config: Config, job: Job, on_event: OnEvent) -> None:
+    def __init__(self, config: Config, job: Job, on_event: OnEvent, lock: int | None = None) -> None:
+        self._held = () if lock is None else (lock,)
         self.config = config
         self.job = job
         self.on_event = on_event
@@ -164,7 +167,7 @@ class Session:
         """
         begin = time.perf_counter()
         if self.config.session.processes:
-            started, _ = start_processes(self.config, self.job)
+            started, _ = start_processes(self.config, self.job, held=self._held)
         else:
             started = start_threads(self.config, self.job)
         for running in started:
@@ -273,7 +276,8 @@ def run_session(
     Raises:
         VeiltuneError: what made it fail.
     """
-    step = prepare_output(config, resume=resume, overwrite=overwrite)
-    if step is not None:
-        job = job.model_copy(update={"resume_step": step})
-    return Session(config, job, on_event).run()
+    with sole_use(Path(config.output)) as lock:
+        step = prepare_output(config, resume=resume, overwrite=overwrite)
+        if step is not None:
+            job = job.model_copy(update={"resume_step": step})
+        return Session(config, job, on_event, lock).run()

@@ -4,7 +4,8 @@ Under designs that cut the model, a role's service is made once and serves owner
 enclave, a session is a meeting of links (`meetings`). How peers prove themselves is `dialling`'s.
 
 *Bounds.* At most `MAX_HANDSHAKES` connections prove themselves at a time, each for `HANDSHAKE_SECONDS` at most; more are
-closed unread. So strangers cost a service a bounded number of threads and no memory.
+closed unread. So strangers cost a service a bounded number of threads and no memory. Of those that are proven at most `MAX_LINKS`
+are open, and what each says first is short. Whoever sends faster than it is read waits: a link holds one message at a time.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 Serve = Callable[[Channel], bool | None]
 POLL_SECONDS = 0.2
 MAX_HANDSHAKES = 32
+MAX_LINKS = 256
+FIRST_PAYLOAD_BYTES = 1 << 20
+"""Of a link's first message, which says what the link is for."""
 _BACKLOG = 16
 _GUARDS = {
     "keys": "TLS, for the keys in [[peers]]",
@@ -171,22 +175,32 @@ class Service:
         finally:
             self._handshakes.release()
 
-    def _session(self, sock: socket.socket, serve: Serve) -> None:
-        proven = self._prove(sock)
-        if proven is None:
-            return
+    def _admit(self, proven: socket.socket) -> Channel | None:
+        """A channel to whoever proved itself, if there is room for one more."""
         peer = self._comers[0]
         if isinstance(proven, SecureSocket):
             peer = proven.peer.role
         elif isinstance(proven, NamedSocket):
             peer = proven.role
-        link = open_channel(proven, self.role, peer, **channel_options(self.design, self.role, peer, (self.meter,)))
+        options = channel_options(self.design, self.role, peer, (self.meter,))
+        options["first_payload_bytes"] = FIRST_PAYLOAD_BYTES
+        link = open_channel(proven, self.role, peer, **options)
         with self._guard:
-            self._links.add(link)
-            if (
-                self._stopping.is_set()
-            ):  # it came as the service ended, which has closed its links or will not see this one
+            is_full = len(self._links) >= MAX_LINKS
+            if not is_full:
+                self._links.add(link)
+            # It may have come as the service ended, which has closed its links or will not see this one.
+            if is_full or self._stopping.is_set():
                 link.close()
+        if is_full:
+            self.on_event("turned_away", {"why": f"{MAX_LINKS} links are open already"})
+        return None if is_full else link
+
+    def _session(self, sock: socket.socket, serve: Serve) -> None:
+        proven = self._prove(sock)
+        link = None if proven is None else self._admit(proven)
+        if link is None:
+            return
         try:
             with self.health.session():
                 if serve(link) is not False:

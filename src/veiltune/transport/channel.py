@@ -7,6 +7,8 @@ the same bytes, through the same codec. `stream.SocketChannel` and `shared_memor
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -20,6 +22,10 @@ from veiltune.transport.frame import MAX_PAYLOAD_BYTES, PREAMBLE_BYTES, Frame, r
 from veiltune.transport.messages import MESSAGES, Message
 
 STALL_SECONDS = 300.0
+UNREACHABLE = frozenset(
+    {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.EHOSTDOWN}
+)
+"""What the operating system says of a link whose network, or whose peer's machine, is gone."""
 
 M = TypeVar("M", bound=Message)
 
@@ -45,6 +51,7 @@ class ChannelOptions(TypedDict, total=False):
         observers: told of each frame (`Meter`, `Transcript`).
         registry: the message classes, by kind.
         max_payload_bytes: the longest payload, both ways.
+        first_payload_bytes: the longest payload of the first frame that comes in, from a peer with whom nothing was agreed yet.
         stall_seconds: how long a peer may make no progress in the middle of a frame before it counts as lost.
     """
 
@@ -53,6 +60,7 @@ class ChannelOptions(TypedDict, total=False):
     observers: Sequence[Observer]
     registry: Registry
     max_payload_bytes: int
+    first_payload_bytes: int
     stall_seconds: float
 
 
@@ -75,6 +83,7 @@ class Channel(ABC):
         self._observers = tuple(options.get("observers", ()))
         self._registry = options.get("registry", MESSAGES)
         self._max_payload_bytes = options.get("max_payload_bytes", MAX_PAYLOAD_BYTES)
+        self._recv_limit = min(options.get("first_payload_bytes", self._max_payload_bytes), self._max_payload_bytes)
         self._stall_seconds = options.get("stall_seconds", STALL_SECONDS)
         self._send_fault: str | None = None
         self._recv_fault: str | None = None
@@ -152,6 +161,7 @@ class Channel(ABC):
             if isinstance(error, ProtocolError):
                 raise type(error)(f"from the {self.peer}: {error.message}", hint=error.hint) from error
             raise
+        self._recv_limit = self._max_payload_bytes
         if self._observers:
             frame = incoming.frame()
             for observer in self._observers:
@@ -179,7 +189,7 @@ class Channel(ABC):
         return f"{type(self).__name__}({self.me!r} to {self.peer!r}{', closed' if self._closed else ''})"
 
     def _open(self) -> Incoming:
-        incoming = Incoming(self._recv_head(), self._registry, max_payload_bytes=self._max_payload_bytes)
+        incoming = Incoming(self._recv_head(), self._registry, max_payload_bytes=self._recv_limit)
         if self._may_receive is not None and incoming.kind not in self._may_receive:
             raise ProtocolError(f"the {self.me} may not receive {incoming.kind}")
         return incoming
@@ -193,6 +203,12 @@ class Channel(ABC):
     def _lost(self, how: str = "closed its link") -> PeerLostError:
         return PeerLostError(f"the {self.peer} {how}", hint=f"see why the {self.peer} stopped")
 
+    def _unreached(self, code: int) -> PeerLostError:
+        return PeerLostError(
+            f"the {self.peer} is not reached any more ({os.strerror(code)})",
+            hint=f"see whether the network and the {self.peer}'s machine are up",
+        )
+
     @contextmanager
     def _peer_errors(self) -> Generator[None]:
         """Turn the operating system's ways to say that the peer is gone into ours."""
@@ -200,10 +216,12 @@ class Channel(ABC):
             yield
         except ConnectionError as error:
             raise self._lost() from error
-        except OSError as error:  # another thread closed this end while it was in use
-            if not self._closed:
+        except OSError as error:
+            if self._closed:  # by another thread, while it was in use
+                raise PeerLostError(f"the link to the {self.peer} was closed at this end") from error
+            if error.errno not in UNREACHABLE:
                 raise
-            raise PeerLostError(f"the link to the {self.peer} was closed at this end") from error
+            raise self._unreached(error.errno) from error
 
 
 # --- the in-process wire ----------------------------------------------------------------------------------------------
@@ -262,7 +280,7 @@ class MemoryChannel(Channel):
             if not self._inward.frames:
                 raise self._lost()
             frame = memoryview(self._inward.frames.popleft())
-        header_bytes, _ = read_preamble(frame[:PREAMBLE_BYTES], self._max_payload_bytes)
+        header_bytes, _ = read_preamble(frame[:PREAMBLE_BYTES], self._recv_limit)
         self._arrived = frame[PREAMBLE_BYTES + header_bytes :]
         return bytes(frame[: PREAMBLE_BYTES + header_bytes])
 

@@ -158,7 +158,12 @@ class Incoming(BlobReader):
         for name, shape, offset, num_bytes in self._layout():
             if offset > end:
                 self.segments.append(memoryview(bytearray(offset - end)))
-            tensor = torch.empty(shape, dtype=_DTYPES[name], device="cpu")
+            try:
+                tensor = torch.empty(shape, dtype=_DTYPES[name], device="cpu")
+            except RuntimeError:  # what torch says when there is no memory
+                raise FrameError(
+                    f"{self.kind}: there is no memory for a payload of {self.payload_bytes} bytes"
+                ) from None
             if num_bytes:
                 self.segments.append(_bytes_of(tensor))
             self._tensors.append(tensor)

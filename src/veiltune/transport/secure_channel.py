@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Unpack
 
 from veiltune.errors import PeerLostError, ProtocolError
-from veiltune.transport.channel import ChannelOptions
+from veiltune.transport.channel import UNREACHABLE, ChannelOptions
 from veiltune.transport.secure import SecureSocket
 from veiltune.transport.stream import SocketChannel
 
@@ -43,7 +43,8 @@ class SecureChannel(SocketChannel):
         self._tls = sock
         self._guard = threading.Lock()
         self._ahead = memoryview(b"")  # decrypted, and not asked for yet
-        self._ended = False
+        self._ended: PeerLostError | None = None
+        self._error = 0
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """See `Channel.poll`. Bytes on the wire are not enough: only some that TLS has found genuine begin a frame."""
@@ -78,7 +79,9 @@ class SecureChannel(SocketChannel):
                     count = min(len(view), len(self._ahead))
                     view[:count], self._ahead = self._ahead[:count], self._ahead[count:]
                 else:
-                    count = 0 if self._ended else self._do(self._tls.recv_into, view)
+                    if self._ended:
+                        raise self._ended
+                    count = self._do(self._tls.recv_into, view)
                     if not count:
                         raise self._lost()
                 view = view[count:]
@@ -91,12 +94,13 @@ class SecureChannel(SocketChannel):
                 count = self._now(self._tls.recv_into, record)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
-        except PeerLostError:
+        except PeerLostError as error:
             if self._closed:
                 raise
-            count = 0
+            self._ended = error
+            return True
         self._ahead = record[:count]
-        self._ended = not count
+        self._ended = None if count else self._lost()
         return True
 
     def _do(self, call: Callable[[memoryview], int], view: memoryview) -> int:
@@ -112,7 +116,12 @@ class SecureChannel(SocketChannel):
     def _now(self, call: Callable[[memoryview], int], view: memoryview) -> int:
         with self._guard:
             self._require_usable(None)  # a TLS socket that was closed would turn into a plain one
+            # Python takes every failure beneath TLS for the peer's end, so what it was is asked for before.
+            self._error = self._tls.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or self._error
             return call(view)
+
+    def _lost(self, how: str = "closed its link") -> PeerLostError:
+        return self._unreached(self._error) if self._error in UNREACHABLE else super()._lost(how)
 
     @contextmanager
     def _tls_errors(self) -> Generator[None]:

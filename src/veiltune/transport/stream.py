@@ -22,7 +22,9 @@ HANDSHAKE_SECONDS = 10.0
 _MAX_PIECES = 512  # the operating system takes at most IOV_MAX (1024 on Linux) pieces a call
 _SOCKET_BUFFER_BYTES = 4 << 20
 _LONGEST_PAUSE_SECONDS = 2.0
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 4}  # so after 140 s
+_SILENCE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 140_000}
+"""A machine that is silent for 140 s counts as gone: while nothing is said (60 + 4 x 20), and while what was said is not
+acknowledged (in ms), which would be 15 minutes otherwise and keeps the questions of the former from being asked."""
 
 Handshake = Callable[[socket.socket], socket.socket | None]
 """Proves both ends to one another on a fresh connection, or raises `ProtocolError`. It may take as long as the socket's
@@ -75,7 +77,7 @@ class SocketChannel(Channel):
     def _recv_head(self) -> bytes:
         preamble = bytearray(PREAMBLE_BYTES)
         self._recv_exactly(memoryview(preamble))
-        header_bytes, _ = read_preamble(memoryview(preamble), self._max_payload_bytes)
+        header_bytes, _ = read_preamble(memoryview(preamble), self._recv_limit)
         head = preamble + bytes(header_bytes)
         self._recv_exactly(memoryview(head)[PREAMBLE_BYTES:])
         return bytes(head)
@@ -272,9 +274,9 @@ def _send_at_once(sock: socket.socket) -> bool:
     if is_tcp:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that vanished says no farewell
-        for option, seconds in _KEEP_ALIVE.items():
+        for option, value in _SILENCE.items():
             if hasattr(socket, option):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     return is_tcp
 
 
