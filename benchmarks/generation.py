@@ -18,7 +18,7 @@ from benchmarks._runs import SMOLLM2, live
 from benchmarks._steps import CASES, LORA, plain_model, random_ids
 from veiltune.parties.owner import Owner
 
-PROMPT, NEW, ROUNDS = 64, 64, 8
+PROMPT, NEW, ROUNDS = 64, 64, 6
 SETTINGS = ("local", "compact", "paper", "veil", "veil, one enclave layer, optimiser on the host")
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
 
