@@ -17,8 +17,8 @@ from veiltune.parties.owner import Owner
 
 VOCABULARY, HEAD = 8192, 64
 BASE = {"depth": 8, "width": 512, "length": 128}
-BATCH, ROUNDS = 4, 6
-POINTS: dict[str, tuple[int, ...]] = {"depth": (4, 8, 16), "width": (256, 512, 1024), "length": (64, 128, 256, 512)}
+BATCH, ROUNDS = 4, 4
+POINTS: dict[str, tuple[int, ...]] = {"depth": (4, 8, 16), "width": (256, 512, 1024), "length": (64, 128, 512)}
 SETTINGS = ("compact", "veil")
 
 

@@ -46,16 +46,16 @@ class Group:
     rounds: int
 
 
-FEW = ("compact", "veil")
+FOUR = ("local", "compact", "paper", "veil")
 GROUPS = (
     Group(SMOLLM2, "SmolLM2-135M-Instruct", (BATCH, LENGTH), tuple(CASES), 12),
-    Group(SMOLLM2, "SmolLM2-135M-Instruct", LONG, ("local", *FEW, "veil, optimiser on the host"), 6),
-    Group("random:gpt2-small", "random GPT-2 small", (BATCH, LENGTH), ("local", "compact", "paper", "veil"), 6),
-    Group("random:gpt2-small", "random GPT-2 small", LONG, FEW, 6),
-    Group("random:gpt2-medium", "random GPT-2 medium", (BATCH, LENGTH), FEW, 4),
-    Group("random:gpt2-medium", "random GPT-2 medium", LONG, FEW, 4),
-    Group("random:qwen2-0.5b", "random Qwen2-0.5B", (BATCH, LENGTH), (*FEW, "veil, optimiser on the host"), 4),
-    Group("random:qwen2-0.5b", "random Qwen2-0.5B", LONG, FEW, 4),
+    Group(SMOLLM2, "SmolLM2-135M-Instruct", LONG, (*FOUR, "veil, optimiser on the host"), 6),
+    Group("random:gpt2-small", "random GPT-2 small", (BATCH, LENGTH), FOUR, 6),
+    Group("random:gpt2-small", "random GPT-2 small", LONG, FOUR, 6),
+    Group("random:gpt2-medium", "random GPT-2 medium", (BATCH, LENGTH), FOUR, 3),
+    Group("random:gpt2-medium", "random GPT-2 medium", LONG, FOUR, 3),
+    Group("random:qwen2-0.5b", "random Qwen2-0.5B", (BATCH, LENGTH), FOUR, 3),
+    Group("random:qwen2-0.5b", "random Qwen2-0.5B", LONG, FOUR, 3),
 )
 QUICK = Group("random:gpt2", "random GPT-2, tiny", (BATCH, LENGTH), ("compact", "veil"), 2)
 
