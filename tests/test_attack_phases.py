@@ -88,6 +88,8 @@ def lines_of(path: Path) -> list[str]:
 # --- the phases -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["online", "gradfree"])
 def test_each_phases_texts_are_attacked_apart(name: str, recorded: Record) -> None:
     run = recorded(name)

@@ -260,6 +260,8 @@ def test_knowing_the_rounding_helps(recorded: Record, monkeypatch: pytest.Monkey
     assert aware >= 0.95
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("attack", "layers", "least"),
     [("ridge_inverter", 0, 0.6), ("learned_inverter", 0, 0.8), ("learned_inverter", 1, 0.8)],

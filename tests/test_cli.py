@@ -49,6 +49,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 # --- tune -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_tune_with_every_party_a_process(tmp_path: Path) -> None:
     config = write_config(tmp_path, session__processes=True, train__steps=2)
     with outside(["tune", str(config), "--json"]) as process:
@@ -110,6 +112,8 @@ def test_set_overrides_the_file(veiltune: Any, tmp_path: Path) -> None:
     assert ran.json["simulated_enclave"] is False
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_ctrl_c_saves_and_resume_goes_on_as_if_nothing_had_been(veiltune: Any, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

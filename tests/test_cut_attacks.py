@@ -171,6 +171,8 @@ def crossing(model: Any, truth: list[Tensor], agreed: Agreement, *, moved: float
     return list(moved_states)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("agreed", "moved"), [(PLAIN, 1.5), (Squeezed(1, WireOptions(), 1), 0.6)], ids=["whole", "squeezed"]
 )

@@ -279,6 +279,8 @@ def test_a_certificate_out_of_its_dates_ends_a_run_before_anything_is_dialled(na
     assert "Traceback" not in owner.errors()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_certificate_that_expires_while_a_service_runs(tmp_path: Path) -> None:
     """Sessions are refused by name at both ends until it is renewed."""
     keys = {role: make_identity(tmp_path, role) for role in ("host", "enclave")}

@@ -203,6 +203,8 @@ def test_the_same_numbers_on_the_host_are_no_message(tmp_path: Path) -> None:
         attacked(record(tmp_path, optimizer_at="host", steps=4), "dager", limit=2)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_lamp_matches_gradients_of_one_text(run: Path) -> None:
     settings = {"rounds": 2, "steps": 5, "trials": 60}
     found = attacked(run, "lamp", at="last", limit=2, **settings)

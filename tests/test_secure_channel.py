@@ -585,6 +585,8 @@ def mutated(mutations: list[tuple[int, int, str, int]]) -> Callable[[int, int, b
     return edit
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(MUTATIONS)
 def test_whatever_happens_to_the_bytes_both_ends_end_well_and_in_time(
