@@ -41,9 +41,7 @@ def step_ratio(rows_of: Rows, markdown: Markdown) -> str:
             _share(row["enclave_seconds_share"]),
         ]
         for row in rows_of("step_ratio")
-        if row.get("enclave_seconds_share") is not None
-        and _batch(row) == README_BATCH
-        and row["model"] in README_MODELS
+        if "enclave_seconds_share" in row and _batch(row) == README_BATCH and row["model"] in README_MODELS
     ]
     head = [
         "model",
