@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from helpers import FAMILY_NAMES
 from veiltune.config import LoraConfig
 from veiltune.models.adapters import ADAPTER, factor_parameters
-from veiltune.models.fused_lora import _Share, fuse_lora
+from veiltune.models.fused_lora import FEW_ROWS, LoraGroup, fuse_lora
 from veiltune.models.presets import random_config
 from veiltune.models.trunk import HostTrunk
 from veiltune.transport.messages import SegmentForward
@@ -145,6 +145,28 @@ def test_a_group_is_computed_once_for_each_input() -> None:
     assert not fused_nodes(again[0]) & fused_nodes(q)
     with torch.no_grad():
         assert fused(x)[0].grad_fn is None
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS])
+def test_a_few_rows_without_a_gradient_are_left_to_peft(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fused = pair()
+    computed: list[int] = []
+    monkeypatch.setattr(LoraGroup, "_compute", counting(LoraGroup._compute, computed))
+    x = draw(rows, IN)
+    with torch.no_grad():
+        for found, expected in zip(fused(x), slow(x), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert bool(computed) is (rows >= FEW_ROWS)
+    fused(x)
+    assert computed, "with a gradient every input is fused"
+
+
+def counting(function: Any, calls: list[int]) -> Any:
+    def counted(self: LoraGroup, x: Tensor) -> tuple[Tensor, ...]:
+        calls.append(len(x))
+        return function(self, x)
+
+    return counted
 
 
 def nodes(y: Tensor) -> set[Any]:
