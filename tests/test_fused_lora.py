@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from helpers import FAMILY_NAMES
 from veiltune.config import LoraConfig
 from veiltune.models.adapters import ADAPTER, factor_parameters
-from veiltune.models.fused_lora import FEW_ROWS, LoraGroup, fuse_lora
+from veiltune.models.fused_lora import FEW_ROWS, LoraGroup, _Share, fuse_lora
 from veiltune.models.presets import random_config
 from veiltune.models.trunk import HostTrunk
 from veiltune.transport.messages import SegmentForward
