@@ -17,7 +17,7 @@ from benchmarks._runs import SMOLLM2, live
 from benchmarks._steps import CASES, LORA, protected_step, random_ids
 
 BATCH, LENGTH, PROMPT, NEW = 4, 128, 64, 16
-LINKS = {"1 Gbit/s, 1 ms": (1e9, 1e-3), "10 Gbit/s, 0.1 ms": (1e10, 1e-4)}
+LINKS = {"1 Gbit/s, 1 ms": (1e9, 1e-3)}
 SETTINGS = ("compact", "paper", "veil", "veil, optimiser on the host")
 ROUNDS = 4
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}

@@ -56,8 +56,6 @@ GROUPS = (
     Group("random:gpt2-small", "random GPT-2 small", LONG, FOUR, 6),
     Group("random:gpt2-medium", "random GPT-2 medium", (BATCH, LENGTH), TWO, 3),
     Group("random:gpt2-medium", "random GPT-2 medium", LONG, TWO, 3),
-    Group("random:qwen2-0.5b", "random Qwen2-0.5B", (BATCH, LENGTH), TWO, 3),
-    Group("random:qwen2-0.5b", "random Qwen2-0.5B", LONG, TWO, 3),
 )
 QUICK = Group("random:gpt2", "random GPT-2, tiny", (BATCH, LENGTH), ("compact", "veil"), 2)
 
