@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks._record import Row, Times, ratios, summary
-from benchmarks._runs import config_for, session, temporary_output
+from benchmarks._record import Row, Times, alternate, ratios, summary
+from benchmarks._runs import config_for, live, session, temporary_output
 from veiltune.examples import TokenizedExample
 from veiltune.models.adapters import peft_config
 from veiltune.models.families import find_family
@@ -92,6 +93,44 @@ def cut_step(owner: Owner, ids: Tensor, *, is_new: bool) -> Callable[[], None]:
         owner.tuner.step(1e-4)
 
     return step
+
+
+@contextmanager
+def opened(settings: Iterable[str], model: str, **tables: Any) -> Generator[dict[str, Owner]]:
+    """A live session for each setting of `CASES`, side by side."""
+    with ExitStack() as stack:
+        owners: dict[str, Owner] = {}
+        for setting in settings:
+            design, options = CASES[setting]
+            owners[setting] = stack.enter_context(live(design, model, lora=LORA, **tables, **{design: options}))
+        yield owners
+
+
+def tables_for(batch: int, length: int) -> dict[str, Any]:
+    """The tables of a configuration that trains on such batches."""
+    return {"data": {"max_length": length}, "train": {"batch_size": batch}}
+
+
+def steps_by_turns(
+    settings: Iterable[str], model: str, batch: int, length: int, rounds: int
+) -> tuple[Times, dict[str, dict[str, Any]]]:
+    """Steps of every setting by turns with the plain one: times, and each tuner's figures."""
+    ids = random_ids(model, batch, length)
+    plain = plain_step(model, ids)
+    with opened(settings, model, **tables_for(batch, length)) as owners:
+        steps = {"plain": plain, **{setting: protected_step(owner, ids) for setting, owner in owners.items()}}
+        times = alternate(steps, rounds, warmup=2)
+        return times, {setting: owner.tuner.figures() for setting, owner in owners.items()}
+
+
+def greedy(count: int) -> dict[str, Any]:
+    """`transformers`' settings for that many tokens, always the likeliest."""
+    return {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count}
+
+
+def answer(owner: Owner, prompt: Tensor, count: int) -> list[int]:
+    """That many greedy tokens through the parties."""
+    return list(owner.tuner.generate(prompt, greedy(count)))
 
 
 def peak_memory(case: Case, model: str, batch: int, length: int) -> dict[str, int]:

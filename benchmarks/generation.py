@@ -7,29 +7,24 @@ tokens are compared too: a design that does not give the plain model's tokens is
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks._record import Row, alternate, ratios, run, summary
-from benchmarks._runs import SMOLLM2, live
-from benchmarks._steps import CASES, LORA, plain_model, random_ids
-from veiltune.parties.owner import Owner
+from benchmarks._runs import SMOLLM2
+from benchmarks._steps import CASES, answer, greedy, opened, plain_model, random_ids
 
 PROMPT, NEW, ROUNDS = 64, 64, 6
 SETTINGS = ("local", "compact", "paper", "veil", "veil, one enclave layer, optimiser on the host")
-GREEDY = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
 
 
 def _plain(model: Any, ids: Tensor) -> list[int]:
     with torch.no_grad():
-        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **GREEDY)[0, ids.shape[1] :].tolist()
-
-
-def _protected(owner: Owner, ids: Tensor) -> list[int]:
-    return list(owner.tuner.generate(ids, dict(GREEDY)))
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy(NEW))
+    return made[0, ids.shape[1] :].tolist()
 
 
 def measure(quick: bool) -> list[Row]:
@@ -40,16 +35,12 @@ def measure(quick: bool) -> list[Row]:
     ids = random_ids(model, 1, PROMPT)
     plain = plain_model(model).eval()
     expected = _plain(plain, ids)
-    with ExitStack() as stack:
-        tasks: dict[str, Any] = {"plain": lambda: _plain(plain, ids)}
-        owners = {}
-        for setting in SETTINGS:
-            design, options = CASES[setting]
-            owners[setting] = stack.enter_context(live(design, model, lora=LORA, **{design: options}))
-            tasks[setting] = lambda owner=owners[setting]: _protected(owner, ids)
-        tokens = {setting: _protected(owner, ids) for setting, owner in owners.items()}
+    with opened(SETTINGS, model) as owners:
+        tasks: dict[str, Any] = {"plain": partial(_plain, plain, ids)}
+        tasks |= {setting: partial(answer, owner, ids, NEW) for setting, owner in owners.items()}
+        tokens = {setting: tasks[setting]() for setting in SETTINGS}
         times = alternate(tasks, rounds)
-    compared = ratios(times, "plain")
+    to_plain, to_compact = ratios(times, "plain"), ratios(times, "compact")
     return [
         {
             "design": CASES[setting][0],
@@ -57,8 +48,8 @@ def measure(quick: bool) -> list[Row]:
             "model": name,
             "prompt_tokens": PROMPT,
             "new_tokens": NEW,
-            "ratio": compared[setting],
-            "ratio_to_compact": ratios(times, "compact").get(setting),
+            "ratio": to_plain[setting],
+            "ratio_to_compact": to_compact.get(setting),
             "tokens_per_second": summary([NEW / seconds for seconds in times[setting]]),
             "plain_tokens_per_second": summary([NEW / seconds for seconds in times["plain"]]),
             "is_equal": tokens[setting] == expected,

@@ -7,36 +7,25 @@ link. The host computes on this machine's two cores: on an accelerator less of a
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
+from functools import partial
 
 from benchmarks._cells import cell
 from benchmarks._link import shaped
 from benchmarks._record import Row, alternate, ratios, run, summary
-from benchmarks._runs import SMOLLM2, live
-from benchmarks._steps import CASES, LORA, protected_step, random_ids
+from benchmarks._runs import SMOLLM2
+from benchmarks._steps import CASES, answer, opened, protected_step, random_ids, tables_for
 
 BATCH, LENGTH, PROMPT, NEW = 4, 128, 64, 16
 LINKS = {"1 Gbit/s, 1 ms": (1e9, 1e-3)}
 SETTINGS = ("compact", "paper", "veil", "veil, optimiser on the host")
 ROUNDS = 4
-GREEDY = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
 
 
 def _link(name: str, model: str, settings: tuple[str, ...], rounds: int) -> list[Row]:
     ids, prompt = random_ids(model, BATCH, LENGTH), random_ids(model, 1, PROMPT)
-    with shaped(*LINKS[name]), ExitStack() as stack:
-        tables = {"data": {"max_length": LENGTH}, "train": {"batch_size": BATCH}}
-        owners = {}
-        for setting in settings:
-            design, options = CASES[setting]
-            owners[setting] = stack.enter_context(live(design, model, lora=LORA, **tables, **{design: options}))
-        steps = {setting: protected_step(owner, ids) for setting, owner in owners.items()}
-        step_times = alternate(steps, rounds)
-        answers: dict[str, Any] = {
-            setting: lambda owner=owner: list(owner.tuner.generate(prompt, dict(GREEDY)))
-            for setting, owner in owners.items()
-        }
+    with shaped(*LINKS[name]), opened(settings, model, **tables_for(BATCH, LENGTH)) as owners:
+        step_times = alternate({setting: protected_step(owner, ids) for setting, owner in owners.items()}, rounds)
+        answers = {setting: partial(answer, owner, prompt, NEW) for setting, owner in owners.items()}
         token_times = alternate(answers, rounds)
         figures = {setting: owner.tuner.figures() for setting, owner in owners.items()}
     times_of = {"step": step_times, "generation": token_times}
@@ -59,7 +48,7 @@ def _link(name: str, model: str, settings: tuple[str, ...], rounds: int) -> list
 def measure(quick: bool) -> list[Row]:
     """One row a link and setting."""
     if quick:
-        return _link("10 Gbit/s, 0.1 ms", "random:llama:2,64,4,500", ("compact", "veil"), 2)
+        return _link(next(iter(LINKS)), "random:llama:2,64,4,500", ("compact", "veil"), 2)
     rows: list[Row] = []
     for name, link in LINKS.items():
         settings = {"link": link, "settings": SETTINGS, "rounds": ROUNDS}

@@ -9,19 +9,27 @@ defaults a user would have. Memory is each party's largest resident set over a s
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks._cells import cell
 from benchmarks._record import Row, alternate, run
 from benchmarks._runs import SMOLLM2, live
-from benchmarks._steps import CASES, LORA, cut_step, peak_memory, plain_step, protected_step, random_ids, timed_row
+from benchmarks._steps import (
+    CASES,
+    LORA,
+    cut_step,
+    peak_memory,
+    plain_step,
+    random_ids,
+    steps_by_turns,
+    tables_for,
+    timed_row,
+)
 from veiltune.models.accounting import shares
 from veiltune.models.cut import Cut
 from veiltune.models.sources import resolve_config
 from veiltune.models.veil_accounting import veil_shares
-from veiltune.parties.owner import Owner
 
 BATCH, LENGTH = 4, 128
 LONG = (1, 512)
@@ -82,17 +90,7 @@ def _flop_share(model: str, design: str, options: dict[str, Any], batch: int, le
 def _measure_group(group: Group) -> list[Row]:
     batch, length = group.batch
     rows: list[Row] = []
-    ids = random_ids(group.model, batch, length)
-    with ExitStack() as stack:
-        tables = {"data": {"max_length": length}, "train": {"batch_size": batch}}
-        owners: dict[str, Owner] = {}
-        steps = {"plain": plain_step(group.model, ids)}
-        for setting in group.settings:
-            design, options = CASES[setting]
-            owners[setting] = stack.enter_context(live(design, group.model, lora=LORA, **tables, **{design: options}))
-            steps[setting] = protected_step(owners[setting], ids)
-        times = alternate(steps, group.rounds, warmup=2)
-        figures = {setting: owner.tuner.figures() for setting, owner in owners.items()}
+    times, figures = steps_by_turns(group.settings, group.model, batch, length, group.rounds)
     for setting, found in figures.items():
         design, options = CASES[setting]
         wait, engine = found.get("wait_seconds", 0.0), found.get("engine_seconds", 0.0)
@@ -117,8 +115,7 @@ def _measure_cut(model: str, name: str, rounds: int, settings: dict[str, tuple[s
     plain = plain_step(model, ids)
     for setting, (design, options) in settings.items():
         memory = peak_memory((design, options), model, BATCH, LENGTH)
-        tables = {"data": {"max_length": LENGTH}, "train": {"batch_size": BATCH}, design: options}
-        with live(design, model, lora=LORA, **tables) as owner:
+        with live(design, model, lora=LORA, **tables_for(BATCH, LENGTH), **{design: options}) as owner:
             step = cut_step(owner, ids, is_new=setting == "first epoch")
             times = alternate({"plain": plain, setting: step}, rounds, warmup=2)
             figures = owner.tuner.figures()

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks import claims, timing
@@ -41,41 +42,6 @@ def _accuracy(row: Row | None, key: str = "value") -> str:
     return f"{100 * row[key]:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def step_ratio() -> str:
-    """Ratio to the plain PEFT step, designs with an enclave."""
-    return timing.step_ratio(rows_of, _markdown)
-
-
-def step_ratio_veil() -> str:
-    """The same of `veil`, every model and batch."""
-    return timing.step_ratio_veil(rows_of, _markdown)
-
-
-def split_ratio() -> str:
-    """Ratio to the plain PEFT step on all layers, and memory, designs that cut the model."""
-    return timing.split_ratio(rows_of, _markdown)
-
-
-def generation() -> str:
-    """Seconds of a generation against `transformers` alone."""
-    return timing.generation(rows_of, _markdown)
-
-
-def scaling() -> str:
-    """How a step's ratio grows with depth, width and length."""
-    return timing.scaling(rows_of, _markdown)
-
-
-def network() -> str:
-    """Steps and tokens over links between machines."""
-    return timing.network(rows_of, _markdown)
-
-
-def stream_protect() -> str:
-    """Memory of protecting a checkpoint on disk."""
-    return timing.stream_protect(rows_of, _markdown)
-
-
 def utility() -> str:
     """Accuracy by design and task, with intervals."""
     rows = rows_of("utility")
@@ -105,6 +71,7 @@ def wire() -> str:
 
 
 def _sweep(which: str) -> str:
+    """What decorrelation (``alpha``) or a coarser ``wire`` costs."""
     lines = [
         [
             row["setting"],
@@ -117,16 +84,6 @@ def _sweep(which: str) -> str:
         if row["sweep"] == which
     ]
     return _markdown([which, "accuracy (95%)", "loss, last 10 steps", "dCor, last 10 steps", "bytes a step"], lines)
-
-
-def sweep_alpha() -> str:
-    """What decorrelation costs."""
-    return _sweep("alpha")
-
-
-def sweep_wire() -> str:
-    """What a coarser wire costs."""
-    return _sweep("wire")
 
 
 def owner_shares() -> str:
@@ -190,56 +147,27 @@ def protect_memory() -> str:
     return _markdown(["model", "checkpoint", "a block", "provider", "enclave", "host", "all at once, at worst"], lines)
 
 
-def claims_exact() -> str:
-    """Errors beside their bounds."""
-    return claims.exact(rows_of, _markdown)
-
-
-def ancestry() -> str:
-    """The pre-flight's calibration."""
-    return claims.ancestry(rows_of, _markdown)
-
-
-def claims_attacks() -> str:
-    """What attacks got."""
-    return claims.attacks(rows_of, _markdown)
-
-
-def leaks() -> str:
-    """The strongest text reconstruction of each design, by texts and by what the attacker knows."""
-    return claims.leaks(rows_of, _markdown)
-
-
-def claims_not_protected() -> str:
-    """What designs hand out."""
-    return claims.not_protected(_markdown)
+def _made(table: Callable[[claims.Rows, claims.Markdown], str]) -> Callable[[], str]:
+    return lambda: table(rows_of, _markdown)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table
-    for table in (
-        step_ratio,
-        step_ratio_veil,
-        split_ratio,
-        generation,
-        scaling,
-        network,
-        stream_protect,
-        utility,
-        wire,
-        sweep_alpha,
-        sweep_wire,
-        owner_shares,
-        condition_number,
-        enclave_shares,
-        protect_memory,
-        claims_exact,
-        ancestry,
-        claims_attacks,
-        leaks,
-        claims_not_protected,
-    )
+    **{table.__name__: _made(table) for table in timing.TABLES},
+    "claims_exact": _made(claims.exact),
+    "ancestry": _made(claims.ancestry),
+    "claims_attacks": _made(claims.attacks),
+    "leaks": _made(claims.leaks),
+    "claims_not_protected": partial(claims.not_protected, _markdown),
+    "utility": utility,
+    "wire": wire,
+    "sweep_alpha": partial(_sweep, "alpha"),
+    "sweep_wire": partial(_sweep, "wire"),
+    "owner_shares": owner_shares,
+    "condition_number": condition_number,
+    "enclave_shares": enclave_shares,
+    "protect_memory": protect_memory,
 }
+"""By the name that a page asks for."""
 
 
 def rendered(text: str) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from benchmarks._record import Row
-
-Rows = Callable[[str], list[Row]]
-Markdown = Callable[[list[str], list[list[str]]], str]
+from benchmarks.claims import Markdown, Rows
 
 README_BATCH = (4, 128)
 README_MODELS = ("SmolLM2-135M-Instruct", "random GPT-2 small")
@@ -24,10 +21,6 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f}%"
 
 
-def _batch(row: Row) -> tuple[int, int]:
-    return row["batch"], row["length"]
-
-
 def step_ratio(rows_of: Rows, markdown: Markdown) -> str:
     """Ratio to the plain PEFT step, designs with an enclave, by the models and the batch that people look at first."""
     lines = [
@@ -41,7 +34,9 @@ def step_ratio(rows_of: Rows, markdown: Markdown) -> str:
             _share(row["enclave_seconds_share"]),
         ]
         for row in rows_of("step_ratio")
-        if "enclave_seconds_share" in row and _batch(row) == README_BATCH and row["model"] in README_MODELS
+        if "enclave_seconds_share" in row
+        and (row["batch"], row["length"]) == README_BATCH
+        and row["model"] in README_MODELS
     ]
     head = [
         "model",
@@ -181,3 +176,6 @@ def stream_protect(rows_of: Rows, markdown: Markdown) -> str:
         for row in rows_of("stream_protect")
     ]
     return markdown(["blocks", "checkpoint", "largest tensor", "largest resident set", "time, one thread"], lines)
+
+
+TABLES = (step_ratio, step_ratio_veil, split_ratio, generation, scaling, network, stream_protect)

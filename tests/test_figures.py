@@ -36,7 +36,7 @@ FOUND: Row = {
 
 def attacks_of(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> str:
     monkeypatch.setattr(tables, "rows_of", lambda _: rows)
-    return tables.claims_attacks()
+    return tables.TABLES["claims_attacks"]()
 
 
 def test_unmeasured_attacks_are_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_attackers_are_told_apart_by_what_they_know_and_are_after(monkeypatch: p
     other = {**first, "design": "offline", "setting": "other"}
     rows = [first, learned, asked, {**nothing, "nothing": counted}, other]
     monkeypatch.setattr(tables, "rows_of", lambda _: rows)
-    lines = [line for line in tables.leaks().splitlines() if line.startswith("| `")]
+    lines = [line for line in tables.TABLES["leaks"]().splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[3:5] for line in lines] == [
         ["tuning texts", "nothing"],
         ["tuning texts", "public text"],
@@ -82,7 +82,7 @@ def test_attackers_are_told_apart_by_what_they_know_and_are_after(monkeypatch: p
     ]
     assert "nothing crossed: 0 of 7 passes; 1 message(s) with layers tuned on them" in lines[3]
     assert "not counted yet" in lines[4]
-    assert "recorded passes | nothing crossed: 0 of 7" in tables.claims_attacks()
+    assert "recorded passes | nothing crossed: 0 of 7" in tables.TABLES["claims_attacks"]()
 
 
 def test_errors_stand_beside_their_bounds_and_one_beyond_is_marked() -> None:
@@ -95,7 +95,7 @@ def test_errors_stand_beside_their_bounds_and_one_beyond_is_marked() -> None:
 
 
 def test_what_is_not_protected_is_the_designs_own_table() -> None:
-    made = tables.claims_not_protected()
+    made = tables.TABLES["claims_not_protected"]()
     for name, design in DESIGNS.items():
         for observer in {"host", "provider"} & set(design.reveals):
             for reveal in design.reveals[observer].values():
