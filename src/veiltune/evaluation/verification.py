@@ -57,6 +57,9 @@ PRECISE_NORMS = frozenset({"veil"})
 """Designs that compute the RMSNorms of a float64 model in float64. Their plain twin does too: `transformers` rounds them to
 float32, which would hide errors below 1e-7. With other dtypes both compute as `transformers` does."""
 
+ROTATED_NORMS = frozenset({"veil"})
+"""Designs in which a matrix takes the place of the gain of a norm on a branch's output (`models.rotated`)."""
+
 _EPS = {name: float(torch.finfo(getattr(torch, name)).eps) for name in ("float32", "float64", "bfloat16")}
 _LEARNING_RATE = 0.01
 _GREEDY_TOKENS = 12
@@ -331,7 +334,7 @@ def limits(
     largest = max(float(plain[name].abs().max()) for name in ("logits", "logits_tuned"))
     loss = float(plain["losses"].min())
     family = find_family(model)
-    matrices = sum(bool(segment.post_norm) for segment in family.segments) if config.design in PRECISE_NORMS else 0
+    matrices = sum(bool(segment.post_norm) for segment in family.segments) if config.design in ROTATED_NORMS else 0
     products = (4 + 2 * matrices) * model.num_hidden_layers
     ceilings = CEILINGS.get(config.dtype, {})
     if config.dtype == "float32" and model.num_hidden_layers > FEW_BLOCKS:

@@ -24,6 +24,7 @@ from veiltune.models.families import find_family
 from veiltune.models.family import Family
 from veiltune.models.skeleton import config_from_json
 from veiltune.models.trainable import save_layers
+from veiltune.parties.enclaved.release import ADAPTER
 from veiltune.parties.party import Party
 from veiltune.training import COMMIT, Trainer
 from veiltune.transport.messages import Goodbye, Interrupt, ModelCard, TokenizerFiles
@@ -221,7 +222,7 @@ class Owner:
             self.party.report("exported", {"directory": None})
             return
         tensors = self.tuner.adapter()
-        directory = Path(config.output) / ("adapter" if config.train.method == "lora" else "layers")
+        directory = Path(config.output) / (ADAPTER if config.train.method == "lora" else "layers")
         if config.train.method == "full":
             save_layers(directory, tensors)
         else:

@@ -142,6 +142,11 @@ def _keys_of(link: Channel) -> tuple[bytes, bytes]:
     return digest_of(wire.own_pin), digest_of(wire.peer_pin)
 
 
+def how_it_ended(code: int) -> str:
+    """The exit code of a process that has ended, in words."""
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
 def peak_rss_bytes() -> int:
     """Largest resident set of this process so far, in bytes."""
     try:  # Linux's ru_maxrss survives exec, so a party would begin with the size of the process that started it

@@ -23,19 +23,7 @@ from veiltune.transport.channel import Channel, ChannelOptions
 from veiltune.transport.identity import load_identity
 from veiltune.transport.secure import SecureHandshake
 from veiltune.transport.secure_channel import open_channel
-from veiltune.transport.stream import TOKEN_BYTES, Handshake, connect, token_handshake
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """``HOST:PORT`` in two.
-
-    Raises:
-        ConfigError: it is not of that form.
-    """
-    host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"{text!r} is no address", hint="give HOST:PORT, for example 127.0.0.1:7431")
-    return host.strip("[]"), int(port)
+from veiltune.transport.stream import TOKEN_BYTES, Handshake, connect, parse_address, token_handshake
 
 
 def is_loopback(host: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from veiltune.config import Config
 from veiltune.designs import DESIGNS, Design
-from veiltune.parties.party import Job, Party
+from veiltune.parties.party import Job, Party, how_it_ended
 from veiltune.session.dialling import dial, local_roles
 from veiltune.session.opening import numbered
 from veiltune.session.party_main import design_options, run_party
@@ -61,8 +61,7 @@ class Running:
         """In words, if its process has ended by a signal or with an error."""
         if self.process is None or self.process.poll() in (None, 0):
             return None
-        code = self.process.returncode
-        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return how_it_ended(self.process.returncode)
 
     def stop(self, grace_seconds: float) -> None:
         """End it: politely by closing its control channel, then not."""

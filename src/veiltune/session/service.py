@@ -20,7 +20,7 @@ from veiltune.config import Config
 from veiltune.designs import DESIGNS
 from veiltune.errors import ConfigError, PeerLostError, ProtocolError, VeiltuneError
 from veiltune.parties.party import Job, Party
-from veiltune.session.dialling import dial, is_exposed, parse_address, party_handshake, read_token, require_dialled
+from veiltune.session.dialling import dial, is_exposed, party_handshake, read_token, require_dialled
 from veiltune.session.health import Health, HealthServer
 from veiltune.session.meetings import Meetings
 from veiltune.session.party_main import design_options
@@ -29,7 +29,7 @@ from veiltune.transport.channel import Channel, memory_pair
 from veiltune.transport.messages import Progress
 from veiltune.transport.secure import SecureSocket
 from veiltune.transport.secure_channel import open_channel
-from veiltune.transport.stream import HANDSHAKE_SECONDS, NamedSocket, shake_hands
+from veiltune.transport.stream import HANDSHAKE_SECONDS, NamedSocket, parse_address, shake_hands
 from veiltune.transport.transcript import Meter
 
 __all__ = ["Service", "dial", "parse_address", "party_handshake", "read_token"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Unpack
 
-from veiltune.errors import PeerLostError, ProtocolError
+from veiltune.errors import ConfigError, PeerLostError, ProtocolError
 from veiltune.transport.channel import Channel, ChannelOptions
 from veiltune.transport.frame import PREAMBLE_BYTES, Frame, read_preamble
 
@@ -150,6 +150,18 @@ def accept(listener: socket.socket, handshake: Handshake, timeout: float = 60.0)
         f"no peer connected within {timeout:g} s ({refused} turned away{why})",
         hint="start the other party with the same session",
     )
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` in two.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{text!r} is no address", hint="give HOST:PORT, for example 127.0.0.1:7431")
+    return host.strip("[]"), int(port)
 
 
 def connect(host: str, port: int, handshake: Handshake, timeout: float = 60.0) -> socket.socket:

@@ -25,6 +25,7 @@ from veiltune.designs.veil.group import BroadcastChannel, RankGroup, on_loopback
 from veiltune.errors import ConfigError, RankLostError, VeiltuneError
 from veiltune.models.rotated.parallel import ParallelTrunk
 from veiltune.models.skeleton import resolve_device
+from veiltune.parties.party import how_it_ended
 from veiltune.transport.messages import (
     FactorGradientsRequest,
     Factors,
@@ -36,6 +37,7 @@ from veiltune.transport.messages import (
     VeiledBackward,
     VeiledForward,
 )
+from veiltune.transport.stream import parse_address
 
 STORE_FILE = "VEILTUNE_RANKS_FILE"
 START_SECONDS = 300.0
@@ -128,8 +130,7 @@ class RankProcesses:
         while self.processes and time.monotonic() < end:
             for rank, process in self.processes.items():
                 if (code := process.poll()) is not None:
-                    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                    return f"rank {rank} of the host {how}"
+                    return f"rank {rank} of the host {how_it_ended(code)}"
             time.sleep(0.05)
         return "another rank of the host is gone, or answers nothing"
 
@@ -151,10 +152,12 @@ def arrival(rank: int) -> str:
 
 
 def _address(rendezvous: str) -> tuple[str, int]:
-    host, _, port = rendezvous.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f"veil.rendezvous = {rendezvous!r} is not HOST:PORT", hint="for example 10.0.0.1:29500")
-    return host, int(port)
+    try:
+        return parse_address(rendezvous)
+    except ConfigError:
+        raise ConfigError(
+            f"veil.rendezvous = {rendezvous!r} is not HOST:PORT", hint="for example 10.0.0.1:29500"
+        ) from None
 
 
 def _listen(rendezvous: str, size: int) -> Any:
@@ -205,8 +208,7 @@ class LeadingTrunk:
 
     def load_factors(self, factors: Mapping[str, Tensor]) -> None:
         """See `HostedTrunk.load_factors`; the whole ones are kept here too."""
-        with self._together(Factors(dict(factors))):
-            self._local.load_factors(factors)
+        self._hand_out(factors)
         for name, value in factors.items():
             on_device = value.to(self._local.device)
             if name in self.parameters:
@@ -214,6 +216,10 @@ class LeadingTrunk:
                     self.parameters[name].copy_(on_device)
             else:
                 self.parameters[name] = nn.Parameter(on_device.detach().clone())
+
+    def _hand_out(self, factors: Mapping[str, Tensor]) -> None:
+        with self._together(Factors(dict(factors))):
+            self._local.load_factors(factors)
 
     def ready(self) -> None:
         """See `HostedTrunk.ready`; the others know by their first factors."""
@@ -244,7 +250,7 @@ class LeadingTrunk:
 
     def spread(self) -> None:
         """Send ``parameters``, which have changed, to every rank."""
-        self.load_factors({name: value.detach() for name, value in self.parameters.items()})
+        self._hand_out({name: value.detach() for name, value in self.parameters.items()})
 
     def stay_centred(self) -> None:
         """See `RotatedTrunk.stay_centred`."""
