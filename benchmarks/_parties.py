@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,12 @@ class Program:
         self.process.wait()
 
 
+def as_toml(settings: Settings, peers: Iterable[tuple[str, str]]) -> str:
+    """A configuration by dotted keys, and ``[[peers]]``: roles with keys."""
+    lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+    return "".join([*lines, *(f'[[peers]]\nrole = "{role}"\nkey = "{pin}"\n' for role, pin in peers)])
+
+
 def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> None:
     """Signal a process, if it is still there."""
     try:
@@ -190,9 +196,7 @@ class Parties:
     def write(self, role: str, own: Settings) -> Path:
         """A party's configuration as a file."""
         path = self.directory / role / "run.toml"
-        lines = [f"{key} = {json.dumps(value)}\n" for key, value in self.settings(role, own).items()]
-        lines += [f'[[peers]]\nrole = "{name}"\nkey = "{pin}"\n' for name, pin in self.pins.items()]
-        path.write_text("".join(lines), encoding="utf-8")
+        path.write_text(as_toml(self.settings(role, own), self.pins.items()), encoding="utf-8")
         return path
 
     def program(self, role: str, *words: str) -> Program:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks._parties import as_toml
 from commands import outside
 
 
@@ -17,10 +18,9 @@ def write_toml(directory: Path, settings: dict[str, Any], name: str = "run.toml"
     """Dotted keys as a TOML file; a list of tables comes last."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / name
-    peers = settings.get("peers", [])
-    lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items() if key != "peers"]
-    lines += [f'[[peers]]\nrole = "{each["role"]}"\nkey = "{each["key"]}"\n' for each in peers]
-    path.write_text("".join(lines), encoding="utf-8")
+    peers = [(each["role"], each["key"]) for each in settings.get("peers", [])]
+    text = as_toml({key: value for key, value in settings.items() if key != "peers"}, peers)
+    path.write_text(text, encoding="utf-8")
     return str(path)
 
 
