@@ -41,7 +41,7 @@ def design_facts(name: str) -> DesignFacts:
         clear_to=tuple(who for who in others if who in clear),
         trained=design.baseline.get("layers", "all"),
         needs_enclave=bool(design.enclaves),
-        tunes_apart="EmulatorShard" in design.reveals.get("owner", {}),
+        tunes_apart=design.tunes_apart,
     )
 
 

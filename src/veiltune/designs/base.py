@@ -93,6 +93,11 @@ class Design:
         """Whether the model is cut, and the owner has layers of its own."""
         return self.trainer == "owner"
 
+    @property
+    def tunes_apart(self) -> bool:
+        """Whether the owner tunes against an emulator of its own, so that by the table no state crosses meanwhile."""
+        return "EmulatorShard" in self.reveals["owner"]
+
     def may_receive(self, observer: str) -> frozenset[str]:
         """Kinds of message this observer may get."""
         return frozenset(self.reveals[observer])

@@ -27,7 +27,6 @@ from veiltune.evaluation.truth import (
     TrueRow,
     distinct_rows,
     scorer_reads,
-    tunes_on_emulator,
 )
 from veiltune.models.sources import resolve_model
 from veiltune.study_terms import ALL_PHASES, PHASES, Phase, in_order
@@ -188,7 +187,7 @@ def load_case(run: Path, config: Config, attack: Attack, wanted: Wanted, say: Sa
         return Case(attack, config, None, model, tokenizer, view, {}, [], [], 0, wanted.seed, held_out, [])
     recorded = Recorded(whole, config, tokenizer, longest, read_asked(run))
     phase = _phase(attack, recorded, wanted.phase)
-    if phase in {"tuning", "validation"} and tunes_on_emulator(config):
+    if phase in {"tuning", "validation"} and DESIGNS[config.design].tunes_apart:
         return _nothing(recorded, phase)
     passes = recorded.passes(phase)
     say("loading the plain model")

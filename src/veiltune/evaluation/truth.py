@@ -33,7 +33,6 @@ __all__ = [
     "distinct_rows",
     "scorer_reads",
     "true_passes",
-    "tunes_on_emulator",
 ]
 
 Moment = Literal["first", "last"]
@@ -75,11 +74,6 @@ def scorer_reads(view_kinds: frozenset[str]) -> frozenset[str]:
     return frozenset(f"{kind}.{leaf}" for kind, leaves in SCORER_READS.items() if kind in view_kinds for leaf in leaves)
 
 
-def tunes_on_emulator(config: Config) -> bool:
-    """Whether the owner tunes against an emulator of its own, so that by its table no state crosses meanwhile."""
-    return "EmulatorShard" in DESIGNS[config.design].reveals.get("owner", {})
-
-
 class Recorded:
     """The passes in a view, and what they are of.
 
@@ -105,7 +99,7 @@ class Recorded:
     @property
     def crossed(self) -> list[Phase]:
         """Phases of which passes may have been recorded, in order."""
-        config, apart = self.config, tunes_on_emulator(self.config)
+        config, apart = self.config, DESIGNS[self.config.design].tunes_apart
         has: dict[Phase, bool] = {
             "tuning": bool(self.trained or (self.untrained and not apart and config.data.train)),
             "validation": bool(self.untrained and not apart and config.data.validation),
@@ -148,7 +142,7 @@ class Recorded:
         if phase == "questions":
             tasks = list(replay.scorings(config, tokenizer, self.longest)) if config.evaluate.tasks else []
             return self.untrained, _stretches(self.untrained, tasks)
-        if tunes_on_emulator(config):
+        if DESIGNS[config.design].tunes_apart:
             return self.trained, {}
         if self.trained:  # then those that were not trained on crossed as often as they were computed
             return self.untrained, _stretches(self.untrained, list(replay.validation(config, tokenizer)))

@@ -22,7 +22,7 @@ from veiltune.errors import ConfigError, UserError, VeiltuneError
 from veiltune.evaluation.attacking import require_fit
 from veiltune.evaluation.inputs import check_inputs
 from veiltune.evaluation.studies.grammar import AttackEntry, DesignEntry, StudyFile, TaskEntry, flat
-from veiltune.evaluation.truth import Moment, tunes_on_emulator
+from veiltune.evaluation.truth import Moment
 from veiltune.models.cache import cache_key, cache_root, file_sha256
 from veiltune.models.cut import Cut
 from veiltune.models.packages import find_package
@@ -210,7 +210,7 @@ def _run(
     measured = [STUDY_SCHEMA, _decisive(config), versions(), held]
     planned: list[AttackPlan] = []
     attacked = recorded or config
-    apart = tunes_on_emulator(attacked)
+    apart = DESIGNS[attacked.design].tunes_apart
     for each, phase in _in_phases(list(_fitting(entry, attacks, attacked)), attacked):
         moment = _moment(each.entry, phase)
         limit = each.entry.limit if apart else each.entry.limit_in(phase)
@@ -300,7 +300,7 @@ def _in_phases(chosen: Sequence[_Chosen], config: Config) -> Iterator[tuple[_Cho
     Later phases are attacked once with the same settings, whatever moments of tuning the study asks for. Where nothing crosses in
     a phase, one attack of each observer is planned there: all it does is to count.
     """
-    apart = tunes_on_emulator(config)
+    apart = DESIGNS[config.design].tunes_apart
     seen: set[Any] = set()
     for phase in _phases(config):
         for each in chosen:
