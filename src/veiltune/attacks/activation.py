@@ -20,7 +20,7 @@ from torch import Tensor
 
 from veiltune.attacks.adapting import Channel
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads, setting
-from veiltune.attacks.passes import agreement_of, joined, smashed_states
+from veiltune.attacks.passes import agreement_of, joined, places_in, require_whole, smashed_states
 from veiltune.attacks.shortlist import Shortlist
 from veiltune.attacks.view import View
 from veiltune.models.bottom import Bottom
@@ -62,7 +62,9 @@ class ActivationInversion(Attack):
         """See `Attack.run`."""
         agreed = agreement_of(view)
         channel = Channel(Bottom(auxiliary.take("base_weights"), agreed.bottom_layers), agreed)
-        sequences = joined(smashed_states(view))
+        passes = smashed_states(view)
+        require_whole(places_in(passes), self.name)
+        sequences = joined(passes)
         tokens: list[list[int]] = []
         for number in range(self.rounds + 1):
             if number:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from veiltune.attacks.passes import Agreement
@@ -88,14 +88,29 @@ class Channel:
         return self.correction.whitened(found - seen).square().sum(-1)
 
     @torch.no_grad()
-    def adapt(self, sequences: Sequence[Float[Tensor, "_ k"]], tokens: Sequence[Sequence[int]]) -> None:
-        """Estimate the correction from what crossed and a guess of the tokens behind it."""
+    def adapt(
+        self,
+        sequences: Sequence[Float[Tensor, "_ k"]],
+        tokens: Sequence[Sequence[int]],
+        places: Sequence[Int[Tensor, " _"]] | None = None,
+    ) -> None:
+        """Estimate the correction from what crossed and a guess of the tokens behind it.
+
+        Args:
+            sequences: states of each text.
+            tokens: a guess for each state.
+            places: where in their texts these stand, where some are missing; ``None``: they count.
+        """
         guesses = [torch.tensor(list(each)) for each in tokens]
         made: list[Tensor] = []
         for start in range(0, len(guesses), ROWS):
             part = guesses[start : start + ROWS]
             ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
-            crossing = self.agreed.projected(self.bottom.states(ids))
+            stand: dict[str, Tensor] = {}
+            if places is not None:  # with a mask, lest gaps be taken for the borders of packed texts
+                stand["position_ids"] = torch.nn.utils.rnn.pad_sequence(places[start : start + ROWS], batch_first=True)
+                stand["attention_mask"] = torch.nn.utils.rnn.pad_sequence([*map(torch.ones_like, part)], batch_first=True)
+            crossing = self.agreed.projected(self.bottom.states(ids, **stand))
             made += [row[: len(each)] for row, each in zip(crossing, part, strict=True)]
         firsts = torch.stack([seen[0] - guess[0] for seen, guess in zip(sequences, made, strict=True)])
         x, z = torch.cat([each[1:] for each in made]), torch.cat([each[1:] for each in sequences])

@@ -23,6 +23,8 @@ from veiltune.study_terms import ALL_PHASES, Knows, Phase
 
 Knowledge = Literal["base_weights", "corpus", "embedding_table", "public_ancestor", "ancestor_model", "known_pairs"]
 FirstState = Literal["normed", "raw", "centred"]
+UNKNOWN = -1
+"""Stands in the place of a token that an attack says nothing of."""
 KnownPair = tuple[int, int, int]
 """Number of a sequence among those of the view, position in it, and the token that stands there."""
 
@@ -106,7 +108,7 @@ class Reconstruction:
     """What an attack came up with; ``None`` is what it did not try.
 
     Attributes:
-        tokens: token ids of each sequence of the view's passes, in order.
+        tokens: token ids of each sequence of the view's passes, in order; `UNKNOWN` where the attack has no guess.
         states: (length, d) plain first states of each sequence.
         weights: plain weights, by parameter name (of a folded trunk: folded ones).
         units: of an MLP's linears, one row a hidden unit, by parameter name: weights whose order was secret.
@@ -206,6 +208,7 @@ def provider_reads(*more: str) -> Mapping[str, frozenset[str]]:
             "TrunkForward.cache_id",
             "TrunkForward.hidden",
             "TrunkForward.attention_mask",
+            "TrunkForward.position_ids",
             *more,
         }
     )

@@ -19,7 +19,7 @@ from veiltune.attacks.adapting import Channel
 from veiltune.attacks.base import Auxiliary, Reconstruction, setting
 from veiltune.attacks.cut_gradients import GradientLabels, labels_of
 from veiltune.attacks.inverter import LearnedInverter
-from veiltune.attacks.passes import agreement_of, joined, smashed_states
+from veiltune.attacks.passes import agreement_of, joined, places_in, require_whole, smashed_states
 from veiltune.attacks.view import View
 from veiltune.models.bottom import Bottom
 
@@ -44,12 +44,13 @@ class Bisr(LearnedInverter):
 
     def run(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> Reconstruction:
         """See `Attack.run`."""
-        agreed, model = agreement_of(view), auxiliary.take("base_weights")
+        agreed, model, passes = agreement_of(view), auxiliary.take("base_weights"), smashed_states(view)
+        require_whole(places_in(passes), self.name)
         labels = labels_of(view, model, self.iterations, rng)
         scores = self.scores(view, auxiliary, rng)
         count = min(self.shortlist, scores[0].shape[1])
         guesses = [_guess(each, known, count) for each, known in zip(scores, labels, strict=True)]
-        sequences = joined(smashed_states(view))
+        sequences = joined(passes)
         channel = Channel(Bottom(model, agreed.bottom_layers), agreed)
         tokens = [guess.tokens.gather(1, guess.logits.argmax(1, keepdim=True))[:, 0].tolist() for guess in guesses]
         # The inverter's own guess is the first: it knows the tuning that it was trained through.

@@ -30,7 +30,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads
-from veiltune.attacks.passes import Returned, agreement_of, returned_gradients, smashed_states
+from veiltune.attacks.passes import (
+    Returned,
+    agreement_of,
+    places_in,
+    require_whole,
+    returned_gradients,
+    smashed_states,
+)
 from veiltune.attacks.view import View
 from veiltune.errors import UserError
 from veiltune.examples import IGNORED
@@ -94,9 +101,10 @@ def labels_of(
     """The labels of every sequence of the view's passes, as long as it is; `IGNORED` where none was found.
 
     Raises:
-        UserError: the published form on a large vocabulary.
+        UserError: the published form on a large vocabulary; or positions of which nothing crossed, which the top reads as well.
     """
-    agreed = agreement_of(view)
+    agreed, passes = agreement_of(view), smashed_states(view)
+    require_whole(places_in(passes), "gradient_labels")
     owner = _Owner(model, agreed.top_layers)
     if method == "tag" and len(owner.rows) > LARGEST_DUMMY:
         raise UserError(
@@ -105,7 +113,7 @@ def labels_of(
         )
     returned = returned_gradients(view)
     found: list[list[int]] = []
-    for states in smashed_states(view):
+    for states in passes:
         seen = returned.get(states.number)
         if seen is None:
             found += [[IGNORED] * length for length in states.lengths]

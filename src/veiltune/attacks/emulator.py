@@ -48,6 +48,7 @@ READS = frozenset(
         "EmulatorShard.tensors",
         "TrunkForward.ticket",
         "TrunkForward.hidden",
+        "TrunkForward.position_ids",
         "TrunkForward.attention_mask",
         "TrunkOutput.ticket",
         "TrunkOutput.hidden",
@@ -138,8 +139,8 @@ def _emulator_of(view: View) -> tuple[EmulatorCard, dict[str, Tensor]]:
     return EmulatorCard.from_json(shards[0]["card"]), {name: value.clone() for name, value in floats.items()}
 
 
-Query = tuple[Tensor, Tensor, Tensor | None]
-"""States that went in, (batch, seq, d), what came back, and the padding mask."""
+Query = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""States that went in, (batch, seq, d), what came back, the padding mask, and position ids where they do not count."""
 
 
 def _queries(view: View) -> list[Query]:
@@ -157,7 +158,7 @@ def _queries(view: View) -> list[Query]:
             asked[seen["ticket"]] = seen
         elif (forward := asked.pop(seen["ticket"], None)) is not None:
             states, output = (codec.decode(each["hidden"]).float() for each in (forward, seen))
-            found.append((states, output, forward["attention_mask"]))
+            found.append((states, output, forward["attention_mask"], forward["position_ids"]))
     if not found:
         raise DataError(
             "the owner asked the trunk nothing in this run",
@@ -184,8 +185,8 @@ def _query_losses(run: Any, queries: Sequence[Query], rng: torch.Generator) -> I
     """The distance of the emulator's answer from the trunk's, query by query, for ever."""
     for order in _orders(len(queries), rng):
         for index in order.tolist():
-            states, output, mask = queries[index]
-            yield lambda states=states, output=output, mask=mask: distillation_loss(run(states, mask), output, mask)
+            states, output, mask, places = queries[index]
+            yield lambda given=(states, mask, places), output=output: distillation_loss(run(*given), output, given[1])
 
 
 def _orders(count: int, rng: torch.Generator) -> Iterator[Tensor]:

@@ -6,13 +6,17 @@ knows that defence. With ``shadow_steps`` it is trained through bottoms that wer
 The ridge inverter can name the tokens of its corpus, the ``vocabulary`` most frequent of them; others count as not found. The
 learned one points into the embedding table and can name any token: it starts from a linear map to embeddings, fitted to the
 corpus and to random tokens, and learns what context adds to that.
+
+*Gaps.* Where positions of the texts were not sent, the learned inverter is trained on public texts cut to the lengths of those that
+crossed, with the same positions left out, and guesses every token: at the gaps it has the distances to the text's ends and what its
+layers gather from the states that were sent. The ridge inverter, which takes each state by itself, says nothing of the gaps.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -22,7 +26,7 @@ from torch.nn import functional
 
 from veiltune.attacks.adapting import ridged
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads, setting
-from veiltune.attacks.passes import Agreement, agreement_of, joined, smashed_states
+from veiltune.attacks.passes import Agreement, agreement_of, has_gaps, joined, places_in, smashed_states, spread
 from veiltune.attacks.shadow import Shadows, Tuning
 from veiltune.attacks.view import View
 from veiltune.study_terms import Knows
@@ -38,23 +42,49 @@ NEGATIVES = 4096
 
 @dataclass(frozen=True)
 class _Lesson:
-    """Public states as the provider would get them, right-padded, and their tokens."""
+    """Public states as the provider would get them, right-padded, and their tokens; ``sent``: which of them it would get."""
 
     states: Float[Tensor, "n seq k"]
     ids: Int[Tensor, "n seq"]
     present: Bool[Tensor, "n seq"]
+    sent: Bool[Tensor, "n seq"]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Tokens of a public text, and how many of its last ones would be sent, with its first."""
+
+    tokens: Sequence[int] = field(repr=False)
+    tail: int
+
+
+def _whole(texts: Sequence[Sequence[int]]) -> list[_Text]:
+    return [_Text(text, len(text)) for text in texts]
+
+
+def _shaped(
+    texts: Sequence[Sequence[int]], places: Sequence[Int[Tensor, " _"]], rng: torch.Generator
+) -> list[_Text]:
+    """Public texts cut into pieces as long as those that crossed, with as many positions sent."""
+    shapes = [(int(each[-1]) + 1, len(each) - 1) for each in places]
+    found: list[_Text] = []
+    for text in texts:
+        start = 0
+        while start < len(text):
+            length, tail = shapes[int(torch.randint(len(shapes), (1,), generator=rng))]
+            found.append(_Text(text[start : start + length], tail))
+            start += length
+    return found
 
 
 class _Teacher:
     """Makes lessons of public text."""
 
-    def __init__(
-        self, shadows: Shadows, agreed: Agreement, texts: Sequence[Sequence[int]], rng: torch.Generator
-    ) -> None:
+    def __init__(self, shadows: Shadows, agreed: Agreement, texts: Sequence[_Text], rng: torch.Generator) -> None:
         self._shadows = shadows
         self._agreed = agreed
         self._rng = rng
-        ordered = sorted((list(text) for text in texts), key=len)
+        ordered = sorted(texts, key=lambda text: len(text.tokens))
         self._groups = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
 
     def __len__(self) -> int:
@@ -62,12 +92,16 @@ class _Teacher:
 
     def lesson(self, number: int) -> _Lesson:
         """Texts of like length, by one of the bottoms."""
-        texts = [torch.tensor(text) for text in self._groups[number]]
+        texts = [torch.tensor(text.tokens) for text in self._groups[number]]
+        tails = torch.tensor([text.tail for text in self._groups[number]])
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
         lengths = torch.tensor([len(text) for text in texts])
         which = int(torch.randint(self._shadows.count, (1,), generator=self._rng))
         states = self._agreed.sent(self._shadows.states(ids, which), self._rng)
-        return _Lesson(states, ids, torch.arange(ids.shape[1]) < lengths[:, None])
+        every = torch.arange(ids.shape[1])
+        present = every < lengths[:, None]
+        sent = present & ((every == 0) | (every >= (lengths - tails)[:, None]))
+        return _Lesson(states * sent[..., None], ids, present, sent)
 
 
 def _scaled(states: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch e"]:
@@ -102,12 +136,10 @@ class RidgeInverter(Attack):
         shadows = Shadows(auxiliary.take("base_weights"), agreed, Tuning(0, 0.0, 1, 0.0), corpus, rng)
         frequent = Counter(token for text in corpus for token in text).most_common(self.vocabulary)
         tokens = torch.tensor(sorted(token for token, _ in frequent))
-        weights = _fit_ridge(_Teacher(shadows, agreed, corpus, rng), tokens)
-        found = [
-            tokens[(_with_one(_scaled(each)).double() @ weights).argmax(-1)].tolist()
-            for each in joined(smashed_states(view))
-        ]
-        return Reconstruction(tokens=found)
+        weights = _fit_ridge(_Teacher(shadows, agreed, _whole(corpus), rng), tokens)
+        passes = smashed_states(view)
+        found = [tokens[(_with_one(_scaled(each)).double() @ weights).argmax(-1)].tolist() for each in joined(passes)]
+        return Reconstruction(tokens=[spread(*each) for each in zip(found, places_in(passes), strict=True)])
 
 
 def _fit_ridge(teacher: _Teacher, tokens: Int[Tensor, " v"]) -> Float[Tensor, "features v"]:
@@ -156,20 +188,25 @@ class LearnedInverter(Attack):
         return Reconstruction(tokens=[each.argmax(-1).tolist() for each in scores])
 
     def scores(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> list[Float[Tensor, "_ v"]]:
-        """Train, then score every token of the vocabulary at each position of the view's sequences."""
+        """Train, then score every token of the vocabulary at each position of the view's texts, sent or not."""
         agreed, model, corpus = agreement_of(view), auxiliary.take("base_weights"), auxiliary.take("corpus")
+        passes = smashed_states(view)
+        places, gaps = places_in(passes), has_gaps(places_in(passes))
         tuning = Tuning(self.shadow_steps, self.shadow_alpha, self.shadow_rank, self.shadow_learning_rate)
         shadows = Shadows(model, agreed, tuning, corpus, rng)
         table = model.get_input_embeddings().weight.detach().float()
-        teacher = _Teacher(shadows, agreed, [*corpus, *_random_texts(corpus, len(table), rng)], rng)
+        texts = [*corpus, *_random_texts(corpus, len(table), rng)]
+        teacher = _Teacher(shadows, agreed, _shaped(texts, places, rng) if gaps else _whole(texts), rng)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=rng)))
-            decoder = _Decoder(teacher.lesson(0).states.shape[-1] + 1, self.width, self.layers, table)
+            decoder = _Decoder(teacher.lesson(0).states.shape[-1] + 1, self.width, self.layers, table, gaps=gaps)
             decoder.prepare(teacher)
             self._train(decoder, teacher)
         with torch.no_grad():
             every = torch.arange(len(table))
-            return [decoder(each[None], every)[0] for each in joined(smashed_states(view))]
+            return [
+                decoder(*_with_gaps(seen, stand), every)[0] for seen, stand in zip(joined(passes), places, strict=True)
+            ]
 
     def _train(self, decoder: _Decoder, teacher: _Teacher) -> None:
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=self.learning_rate, weight_decay=0.01)
@@ -181,7 +218,7 @@ class LearnedInverter(Attack):
                 lesson = teacher.lesson(number)
                 ids = lesson.ids[lesson.present]
                 classes = _classes(ids, decoder.vocab_size)
-                logits = decoder(lesson.states, classes, ~lesson.present)[lesson.present]
+                logits = decoder(lesson.states, lesson.sent, classes, lesson.present)[lesson.present]
                 loss = functional.cross_entropy(logits, torch.searchsorted(classes, ids))
                 optimizer.zero_grad()
                 loss.backward()
@@ -196,6 +233,17 @@ def _random_texts(corpus: Sequence[Sequence[int]], vocabulary: int, rng: torch.G
     return torch.randint(vocabulary, (count, length), generator=rng).tolist()
 
 
+def _with_gaps(
+    seen: Float[Tensor, "sent k"], places: Int[Tensor, " sent"]
+) -> tuple[Float[Tensor, "one seq k"], Bool[Tensor, "one seq"]]:
+    """The states of one text at their places, zeros between them, and which are there."""
+    sent = torch.zeros(int(places[-1]) + 1, dtype=torch.bool)
+    sent[places] = True
+    states = seen.new_zeros((len(sent), seen.shape[1]))
+    states[places] = seen
+    return states[None], sent[None]
+
+
 def _classes(ids: Int[Tensor, " n"], vocabulary: int) -> Int[Tensor, " c"]:
     """The tokens that a batch's loss compares, sorted: its own, and random ones where the vocabulary is large."""
     if vocabulary <= 2 * NEGATIVES:
@@ -204,9 +252,12 @@ def _classes(ids: Int[Tensor, " n"], vocabulary: int) -> Int[Tensor, " c"]:
 
 
 class _Decoder(nn.Module):
-    """States to scores of tokens: a linear map to embeddings, corrected by layers that look both ways along the text."""
+    """States to scores of tokens: a linear map to embeddings, corrected by layers that look both ways along the text.
 
-    def __init__(self, inputs: int, width: int, layers: int, table: Float[Tensor, "v d"]) -> None:
+    With ``gaps`` a learned vector stands for each state that is missing, and every position is told its distances to the ends.
+    """
+
+    def __init__(self, inputs: int, width: int, layers: int, table: Float[Tensor, "v d"], *, gaps: bool) -> None:
         super().__init__()
         self.vocab_size = len(table)
         self.register_buffer("table", functional.normalize(table - table.mean(0), dim=-1))
@@ -222,15 +273,17 @@ class _Decoder(nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
         self.sharpness = nn.Parameter(torch.tensor(3.0))
+        self.missing = nn.Parameter(torch.zeros(width)) if gaps else None
+        self.place = nn.Linear(width, width) if gaps else None
 
     @torch.no_grad()
     def prepare(self, teacher: _Teacher) -> None:
         """Standardise inputs by the lessons', and fit the linear map to them by ridge regression."""
         lessons = [teacher.lesson(number) for number in range(len(teacher))]
-        rows = torch.cat([_scaled(lesson.states[lesson.present]) for lesson in lessons])
+        rows = torch.cat([_scaled(lesson.states[lesson.sent]) for lesson in lessons])
         self.get_buffer("centre").copy_(rows.mean(0))
         self.get_buffer("spread").copy_(rows.std(0).clamp_min(1e-6))
-        wanted = self.get_buffer("table")[torch.cat([lesson.ids[lesson.present] for lesson in lessons])]
+        wanted = self.get_buffer("table")[torch.cat([lesson.ids[lesson.sent] for lesson in lessons])]
         inputs = self._standardised(rows)
         gram = ridged((inputs.T @ inputs).double(), RIDGE)
         self.linear.weight.copy_(torch.linalg.solve(gram, (inputs.T @ (wanted - wanted.mean(0))).double()).T)
@@ -240,12 +293,29 @@ class _Decoder(nn.Module):
         return (rows - self.get_buffer("centre")) / self.get_buffer("spread")
 
     def forward(
-        self, states: Float[Tensor, "n seq k"], classes: Int[Tensor, " c"], padding: Tensor | None = None
+        self,
+        states: Float[Tensor, "n seq k"],
+        sent: Bool[Tensor, "n seq"],
+        classes: Int[Tensor, " c"],
+        present: Bool[Tensor, "n seq"] | None = None,
     ) -> Float[Tensor, "n seq c"]:
-        """Scores of the tokens ``classes``."""
-        rows = self._standardised(_scaled(states))
+        """Scores of the tokens ``classes`` at every position; ``present``: where there is one, if not everywhere."""
+        rows, padding = self._standardised(_scaled(states)), None if present is None else ~present
         hidden = self.enter(rows)
+        if self.missing is not None and self.place is not None:
+            rows = rows * sent[..., None]
+            hidden = torch.where(sent[..., None], hidden, self.missing)
+            hidden = hidden + self.place(_distances(torch.ones_like(sent) if present is None else present, len(self.missing)))
         for block in self.blocks:
             hidden = block(hidden, src_key_padding_mask=padding)
         pointed = functional.normalize(self.linear(rows) + self.leave(hidden), dim=-1)
         return self.sharpness.exp() * pointed @ self.get_buffer("table")[classes].T
+
+
+def _distances(present: Bool[Tensor, "n seq"], width: int) -> Float[Tensor, "n seq width"]:
+    """Sines and cosines of each position's distances from both ends of its text."""
+    start = torch.arange(present.shape[1]).expand(present.shape)
+    end = present.sum(1, keepdim=True) - 1 - start
+    rates = 1e-4 ** (torch.arange(width // 4) / (width // 4))
+    angles = [each[..., None] * rates for each in (start, end)]
+    return torch.cat([wave(each) for each in angles for wave in (torch.sin, torch.cos)], dim=-1)

@@ -9,6 +9,9 @@ shortlist to compute (`attacks.shortlist`).
 moves the right one away; with a beam a wrong token is not final. ``rounds`` more searches follow the first, each through a bottom
 that is corrected by what the one before found (`attacks.adapting`): against an owner's bottom that the attacker does not have,
 bottlenecks and noise. In these distances are log-likelihoods, and ``prior`` weighs the model's own log-probabilities beside them.
+
+*Gaps.* Of positions that were not sent nothing is matched. Those behind them are, each at its true position, after a prefix made of
+what was guessed of the ones that were sent: approximately, for the true prefix is not known.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 from veiltune.attacks.adapting import Channel
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads, setting
 from veiltune.attacks.fluency import Fluency
-from veiltune.attacks.passes import Agreement, agreement_of, joined, smashed_states
+from veiltune.attacks.passes import Agreement, agreement_of, has_gaps, joined, places_in, smashed_states, spread
 from veiltune.attacks.shortlist import Shortlist
 from veiltune.attacks.view import View
 from veiltune.models.bottom import Bottom
@@ -56,9 +59,11 @@ class VocabularyMatching(Attack):
         """See `Attack.run`."""
         agreed = agreement_of(view)
         bottom = Bottom(auxiliary.take("base_weights"), agreed.bottom_layers)
-        sequences = joined(smashed_states(view))
+        passes = smashed_states(view)
+        places = places_in(passes)
         settings = {"shortlist": self.shortlist, "beam": self.beam, "rounds": self.rounds, "prior": self.prior}
-        return Reconstruction(tokens=match_states(bottom, agreed, sequences, rng, **settings))
+        found = match_states(bottom, agreed, joined(passes), rng, **settings, places=places)
+        return Reconstruction(tokens=[spread(*each) for each in zip(found, places, strict=True)])
 
 
 def match_states(
@@ -71,14 +76,17 @@ def match_states(
     beam: int = 1,
     rounds: int = 0,
     prior: float = 0.0,
+    places: Sequence[Int[Tensor, " _"]] | None = None,
 ) -> list[list[int]]:
-    """The tokens of sequences of states at the cut."""
+    """The token behind each of the states of sequences; ``places``: where in their texts these stand, if they do not count."""
+    gaps = places if places is not None and has_gaps(places) else None
+    stand = gaps or [torch.arange(len(each)) for each in sequences]
     shortlist = shortlist if bottom.vocab_size > ROWS else bottom.vocab_size  # so few can all be computed
     shortlist, channel = min(shortlist, bottom.vocab_size), Channel(bottom, agreed)
-    tokens = _Search(channel, shortlist, beam, rng).all(sequences)
+    tokens = _Search(channel, shortlist, beam, rng).all(sequences, stand)
     for _ in range(rounds):
-        channel.adapt(sequences, tokens)
-        tokens = _Search(channel, shortlist, beam, rng, prior).all(sequences)
+        channel.adapt(sequences, tokens, gaps)
+        tokens = _Search(channel, shortlist, beam, rng, prior).all(sequences, stand)
     return tokens
 
 
@@ -94,22 +102,28 @@ class _Search:
         self._linear = Shortlist(channel, rng)
 
     @torch.no_grad()
-    def all(self, sequences: Sequence[Float[Tensor, "_ k"]]) -> list[list[int]]:
+    def all(
+        self, sequences: Sequence[Float[Tensor, "_ k"]], places: Sequence[Int[Tensor, " _"]]
+    ) -> list[list[int]]:
         """The tokens of every sequence, a few sequences at a time, those of like length together."""
         size = max(1, ROWS // (self.shortlist * self.beam))
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         found: list[list[int]] = [[] for _ in sequences]
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            for index, tokens in zip(chosen, self._some([sequences[i] for i in chosen]), strict=True):
+            some = self._some([sequences[i] for i in chosen], [places[i] for i in chosen])
+            for index, tokens in zip(chosen, some, strict=True):
                 found[index] = tokens[: len(sequences[index])]
         return found
 
-    def _some(self, sequences: Sequence[Tensor]) -> list[list[int]]:
+    def _some(self, sequences: Sequence[Tensor], places: Sequence[Tensor]) -> list[list[int]]:
         from transformers import DynamicCache
 
         states = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
         lengths = torch.tensor([len(each) for each in sequences])
+        stand = torch.arange(states.shape[1]).repeat(len(states), 1)
+        for row, each in zip(stand, places, strict=True):
+            row[: len(each)] = each
         count, width = len(states), self.beam
         cache: Any = DynamicCache()
         fluency = Fluency(self.bottom.model, count * width) if self.prior else None
@@ -119,8 +133,8 @@ class _Search:
         for position in range(states.shape[1]):
             seen = states[:, position]
             following = None if fluency is None or fluency.next is None else fluency.next.view(count, width, -1)
-            candidates = self._candidates(seen, position, following)
-            distances = self._distances(candidates, seen, cache, position)
+            candidates = self._candidates(seen, stand[:, position], following)
+            distances = self._distances(candidates, seen, cache, stand[:, position])
             if following is not None:
                 distances = distances / 2 - self.prior * following.gather(2, candidates[:, None].expand_as(distances))
             distances[lengths <= position] = 0.0  # beyond its end a sequence only waits for the longer ones
@@ -136,26 +150,37 @@ class _Search:
         return tokens[:, 0].tolist()
 
     def _candidates(
-        self, seen: Float[Tensor, "count k"], position: int, following: Tensor | None
+        self, seen: Float[Tensor, "count k"], places: Int[Tensor, " count"], following: Tensor | None
     ) -> Int[Tensor, "count shortlist"]:
         """Tokens to compute: by the linear map, and some that the best prefix makes likely."""
         if following is None or self.shortlist == self.bottom.vocab_size:
-            return self._linear.tokens(seen, position, self.shortlist)
+            return self._near(seen, places, self.shortlist)
         fluent = self.shortlist // FLUENT
-        near = self._linear.tokens(seen, position, self.shortlist - fluent)
+        near = self._near(seen, places, self.shortlist - fluent)
         rest = following[:, 0].scatter(1, near, -torch.inf)
         return torch.cat([near, rest.topk(fluent, dim=-1).indices], dim=1)
 
+    def _near(
+        self, seen: Float[Tensor, "count k"], places: Int[Tensor, " count"], number: int
+    ) -> Int[Tensor, "count number"]:
+        """The linear map's likeliest; it asks where a state stands only of first ones, and where positions are learned."""
+        kinds = places if self.bottom.has_positions else places.clamp_max(1)
+        found = torch.zeros((len(seen), number), dtype=torch.int64)
+        for kind in kinds.unique().tolist():
+            found[kinds == kind] = self._linear.tokens(seen[kinds == kind], kind, number)
+        return found
+
     def _distances(
-        self, candidates: Int[Tensor, "count n"], seen: Float[Tensor, "count k"], cache: Any, position: int
+        self, candidates: Int[Tensor, "count n"], seen: Float[Tensor, "count k"], cache: Any, places: Tensor
     ) -> Float[Tensor, "count beam n"]:
-        """How far each candidate's state after each kept prefix is from what was seen."""
+        """How far each candidate's state after each kept prefix is from what was seen, each at its place."""
         count, k = candidates.shape
+        position = int(places[0])  # 0 for all sequences or for none: the first is always sent
         prefixes = self.beam if position else 1
         if position and self.bottom.layers:
             cache.batch_repeat_interleave(k)
         ids = candidates[:, None].expand(count, prefixes, k).reshape(-1, 1)
-        place = torch.full_like(ids, position)
+        place = places[:, None, None].expand(count, prefixes, k).reshape(-1, 1)
         states = self.bottom.states(ids, position_ids=place, cache=cache if self.bottom.layers else None)
         states = self.channel.seen(states, starts=position == 0).view(count, prefixes, k, -1)
         squares = self.channel.distances(states, seen[:, None, None])

@@ -3,6 +3,9 @@
 *States at the cut* come from `TrunkForward` messages, decoded as the agreed wire says; *masked first states* from the first
 operation of each pass under `obfuscatune`, or from each forward under `veil`. With a KV cache a text crosses in pieces, the
 prompt first and then token by token: these are put together, and stand under the number of the first.
+
+Of a text not every position need have been sent (`veiltune.models.sent_positions`). The trunk is told where those stand that
+were, so it knows how long each text is, and which of it is missing.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from veiltune.attacks.base import UNKNOWN
 from veiltune.attacks.view import Seen, View
-from veiltune.errors import DataError
+from veiltune.errors import DataError, UserError
 from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.transport.messages import Message, SegmentForward, TrunkForward, VeiledForward
 
@@ -42,11 +46,12 @@ host is told."""
 
 @dataclass(frozen=True)
 class States:
-    """Wanted rows of one pass, right-padded, with the length of each."""
+    """Wanted rows of one pass, right-padded: how many states each has, and where in its text these stand, in order."""
 
     number: int
     hidden: Float[Tensor, "rows seq d"]
     lengths: Sequence[int]
+    places: Sequence[Int[Tensor, " sent"]]
 
     def sequences(self) -> list[Float[Tensor, "_ d"]]:
         """Each row without its padding."""
@@ -144,7 +149,26 @@ def _joined_states(view: View, pieces: Sequence[Seen], parts: Sequence[Tensor], 
     hidden = torch.cat([part.float() for part in parts], dim=1)
     rows = view.rows(pieces[0].number, len(hidden))
     lengths = lengths_of(None if pieces[0]["cache_id"] else mask, len(hidden), hidden.shape[1])
-    return States(pieces[0].number, hidden[rows], [lengths[row] for row in rows])
+    told = [each["position_ids"] if each.kind == "TrunkForward" else None for each in pieces]
+    places = places_of(told, [part.shape[1] for part in parts], len(hidden))
+    chosen = [lengths[row] for row in rows]
+    return States(pieces[0].number, hidden[rows], chosen, [places[r, :n] for r, n in zip(rows, chosen, strict=True)])
+
+
+def places_of(told: Sequence[Any], widths: Sequence[int], rows: int) -> Int[Tensor, "rows total"]:
+    """Where in their texts the states of a pass stand, which may have crossed in pieces.
+
+    Args:
+        told: position ids of each piece, (1 or rows, width); ``None``: they count on.
+        widths: positions of each piece.
+        rows: of the pass.
+    """
+    found: list[Tensor] = []
+    for ids, width in zip(told, widths, strict=True):
+        before = sum(part.shape[1] for part in found)
+        counted = torch.arange(before, before + width)[None] if ids is None else ids.long().cpu()
+        found.append(counted.expand(rows, width))
+    return torch.cat(found, dim=1)
 
 
 def agreement_of(view: View) -> Agreement:
@@ -275,3 +299,34 @@ def lengths_of(mask: Any, rows: int, length: int) -> list[int]:
 def joined(passes: Sequence[States]) -> list[Float[Tensor, "_ d"]]:
     """Every sequence of every pass, in order."""
     return [sequence for states in passes for sequence in states.sequences()]
+
+
+def places_in(passes: Sequence[States]) -> list[Int[Tensor, " _"]]:
+    """Where in its text each state of every sequence stands, in the order of `joined`."""
+    return [places for states in passes for places in states.places]
+
+
+def has_gaps(places: Sequence[Int[Tensor, " _"]]) -> bool:
+    """Whether positions of some text were not sent."""
+    return any(int(each[-1]) >= len(each) for each in places)
+
+
+def require_whole(places: Sequence[Int[Tensor, " _"]], attack: str) -> None:
+    """Refuse texts of which positions are missing, for an attack that needs all of them.
+
+    Raises:
+        UserError: some are.
+    """
+    if has_gaps(places):
+        raise UserError(
+            f"{attack} matches whole texts, and not every position of these was sent",
+            hint="learned_inverter guesses what was left out; vocabulary_matching and ridge_inverter leave it out",
+        )
+
+
+def spread(tokens: Sequence[int], places: Int[Tensor, " _"]) -> list[int]:
+    """Guesses at the places they are of, `UNKNOWN` between them."""
+    found = [UNKNOWN] * (int(places[-1]) + 1)
+    for token, place in zip(tokens, places.tolist(), strict=True):
+        found[place] = token
+    return found

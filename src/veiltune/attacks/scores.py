@@ -80,15 +80,16 @@ def words(text: str) -> list[str]:
 
 
 def score_text(truth: Sequence[int], found: Sequence[int], decode: Decode) -> dict[str, float | None]:
-    """Every text metric of one sequence of token ids."""
-    truth_text, found_text = decode(truth), decode(found)
+    """Every text metric of one sequence of token ids; negative ids are positions without a guess."""
+    guessed = [token for token in found if token >= 0]
+    truth_text, found_text = decode(truth), decode(guessed)
     truth_words, found_words = words(truth_text), words(found_text)
     return {
         "rouge1": overlap_f1(truth_words, found_words),
         "rouge2": overlap_f1(truth_words, found_words, 2),
         "rougeL": rouge_l(truth_words, found_words),
         "token_recovery": token_recovery(truth, found),
-        "bag_f1": overlap_f1(truth, found),
+        "bag_f1": overlap_f1(truth, guessed),
         "exact": float(list(truth) == list(found)),
         "sensitive_recall": sensitive_recall(truth_text, found_text),
     }

@@ -1,7 +1,8 @@
 """`gradfree`: only the top layers are tuned, so no gradient crosses, and each example crosses once.
 
 *Reference.* GuardedTuning, Gradfree (arXiv 2501.04323). Bottom and trunk are frozen: an example's trunk output never changes,
-and the owner keeps it for all epochs. Keeping it, and warming up the bottom before the first crossing, are ours.
+and the owner keeps it for all epochs. Keeping it, warming up the bottom before the first crossing, and leaving positions out
+(``last_positions``, see `models.sent_positions`) are ours.
 
 *Reveals.* Of each distinct text one pass's states at the cut, rounded if the wire is; no gradient: the table of messages has
 none. Inference crosses as in `split`.
@@ -11,12 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
-
 from veiltune.config import Section
 from veiltune.designs.base import cut_design
 from veiltune.parties.split import (
     CacheOptions,
+    LastPositions,
     ServerOptions,
     SplitPlan,
     WarmUpOptions,
@@ -30,17 +30,24 @@ class GradfreeOptions(Section):
     wire: WireOptions = WireOptions(activation_bits=8)
     cache: CacheOptions = CacheOptions()
     warm_up: WarmUpOptions = WarmUpOptions()
+    last_positions: LastPositions = 0
     server: ServerOptions = ServerOptions()
 
 
 def _plan(options: Any) -> SplitPlan:
     warm_up = options.warm_up if options.warm_up.steps else None
-    return SplitPlan(trains="top", wire=options.wire, cache=options.cache, warm_up=warm_up, server=options.server)
+    return SplitPlan(
+        trains="top",
+        wire=options.wire,
+        cache=options.cache,
+        warm_up=warm_up,
+        last_positions=options.last_positions,
+        server=options.server,
+    )
 
 
-def _exact(options: BaseModel) -> bool:
-    wire, warm_up = getattr(options, "wire"), getattr(options, "warm_up")  # noqa: B009 - of these options
-    return wire.activation_bits == 32 and warm_up.steps == 0
+def _exact(options: Any) -> bool:
+    return options.wire.activation_bits == 32 and options.warm_up.steps == options.last_positions == 0
 
 
 GRADFREE = cut_design(
@@ -49,6 +56,6 @@ GRADFREE = cut_design(
     options=GradfreeOptions,
     plan=_plan,
     layers="top",
-    exactness="approximate: states are rounded; with 32 bits and no warm-up, equal to local tuning of the top layers",
+    exactness="approximate: states are rounded; with 32 bits, all positions and no warm-up, equal to local tuning of the top layers",
     is_exact=_exact,
 )

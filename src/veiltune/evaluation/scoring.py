@@ -98,4 +98,5 @@ def samples_of(case: Case, found: Reconstruction) -> tuple[Sample, ...]:
     if not found.tokens:
         return ()
     decode = case.tokenizer.decode
-    return tuple(Sample(decode(case.truths[i]), decode(found.tokens[i])) for i in _scored_rows(case))
+    guessed = [[token for token in each if token >= 0] for each in found.tokens]
+    return tuple(Sample(decode(case.truths[i]), decode(guessed[i])) for i in _scored_rows(case))

@@ -14,7 +14,14 @@ from typing import Any, Literal
 import torch
 
 from veiltune.attacks import View
-from veiltune.attacks.passes import begins_pass, is_cached, lengths_of, masks_of_segments, whole_passes
+from veiltune.attacks.passes import (
+    begins_pass,
+    is_cached,
+    lengths_of,
+    masks_of_segments,
+    places_of,
+    whole_passes,
+)
 from veiltune.config import Config
 from veiltune.designs import DESIGNS
 from veiltune.errors import UserError
@@ -38,7 +45,7 @@ __all__ = [
 Moment = Literal["first", "last"]
 
 SCORER_READS = {
-    "TrunkForward": ("training", "cache_id", "attention_mask", "hidden"),
+    "TrunkForward": ("training", "cache_id", "attention_mask", "position_ids", "hidden"),
     "SegmentForward": ("training", "cache_id", "segment", "context_id", "hidden"),
     "VeiledForward": ("training", "cache_id", "attention_mask", "hidden"),
     "PassContext": ("context_id", "attention_mask"),
@@ -61,7 +68,10 @@ class TrueRow:
 
 @dataclass(frozen=True)
 class _Observed:
-    """A recorded pass: its shape, and the lengths of its rows where the observer was told of the padding."""
+    """A recorded pass: its texts' shape, and the lengths of its rows where the observer was told of the padding.
+
+    Where positions were left out it is the place of the last one sent, which is the text's last, that tells how long a text is.
+    """
 
     number: int
     training: bool
@@ -176,9 +186,12 @@ def _observed(view: View) -> Iterator[_Observed]:
             mask = masks.get(seen.number) if kind == "SegmentForward" else seen["attention_mask"]
             rows, length = hidden.shape[:2]
             known = mask is not None or kind == "TrunkForward"  # elsewhere no mask may mean that the enclave keeps it
-            yield _Observed(
-                seen.number, seen["training"], (rows, length), lengths_of(mask, rows, length) if known else None
-            )
+            lengths = lengths_of(mask, rows, length) if known else None
+            if kind == "TrunkForward" and lengths and (told := seen["position_ids"]) is not None:
+                places = places_of([told], [length], rows)
+                lengths = [int(row[:count].max()) + 1 for row, count in zip(places, lengths, strict=True)]
+                length = max(lengths)
+            yield _Observed(seen.number, seen["training"], (rows, length), lengths)
 
 
 def _codec(view: View) -> WireCodec:
@@ -196,8 +209,11 @@ def _generated(view: View) -> list[_Observed]:
     for kind in FORWARDS:
         for pieces in whole_passes(cached, kind) if view.rights.sees(kind) else ():
             parts = [codec.decode(each["hidden"]) if kind == "TrunkForward" else each["hidden"] for each in pieces]
-            total = sum(part.shape[1] for part in parts)
-            found.append(_Observed(pieces[0].number, False, (len(parts[0]), total), [parts[0].shape[1]]))
+            told = [each["position_ids"] if kind == "TrunkForward" else None for each in pieces]
+            widths = [part.shape[1] for part in parts]
+            ends = places_of(told, widths, len(parts[0]))[0, [widths[0] - 1, -1]] + 1
+            prompt, total = ends.tolist()
+            found.append(_Observed(pieces[0].number, False, (len(parts[0]), total), [prompt]))
     return found
 
 

@@ -1,6 +1,6 @@
 """The leaky control's view: the messages of a recorded view as they would be with protection off.
 
-The same texts and passes, through the model as it was before tuning: states at the cut in full precision, first states and
+The same texts and passes, through the model as it was before tuning: states at the cut, all and in full precision, first states and
 weights under no key, gradients at the cut of the true labels, and what `veiltune.evaluation.replaced` puts in their place for
 gradients of factors and emulators. Everything else is as recorded.
 """
@@ -72,7 +72,9 @@ def unprotected(
         if isinstance(message, TrunkForward):
             if returns:
                 returns.begun(number, message.ticket)
-            return dataclasses.replace(message, hidden=codec.encode(bottom.states(true.ids, true.mask)))
+            mask = None if bool(true.mask.all()) else true.mask.bool()
+            states = codec.encode(bottom.states(true.ids, true.mask))
+            return dataclasses.replace(message, hidden=states, attention_mask=mask, position_ids=None)
         if isinstance(message, SegmentForward | VeiledForward):
             message = dataclasses.replace(message, hidden=_first_states(table, before, true, view.rights.design))
         return message

@@ -4,14 +4,14 @@ The stub notes what the trunk needs beside hidden states, leaves out what the tr
 owner's graph only if a gradient must cross: nothing crosses backward where nothing below the cut is trained.
 
 *Reveals.* To the trunk's holder: hidden states at the bottom cut, their gradients' counterpart at the top cut if the bottom
-is trained, padding, and positions that do not simply count.
+is trained, padding, and positions that do not simply count; all that of the positions that are sent (`models.sent_positions`).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from veiltune.errors import ProtocolError, UserError
 from veiltune.models.cut import Cut, PassThrough, cache_argument, count_positions
 from veiltune.models.family import Family
+from veiltune.models.sent_positions import PositionChooser, Sent
 from veiltune.models.skeleton import blocks_of
 
 Observed = tuple[Tensor, Tensor, Tensor | None]
-"""Embeddings, smashed activations (both batch, seq, d) and the padding mask of one pass."""
+"""Embeddings, states at the cut (both batch, seq, d) and where tokens are that were sent; ``None``: everywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ class TrunkStub(PassThrough):
         cut: where the model is cut.
         rotary: the trunk's blocks need position ids.
         port: the way to the trunk; may be replaced between passes.
+        last_positions: how many of a row's last tokens are sent, with its first; 0: all are.
 
     Attributes:
         caches: numbers of the KV caches in use.
@@ -157,9 +159,10 @@ class TrunkStub(PassThrough):
         crosses_backward: whether the last pass will be followed by a backward crossing.
     """
 
-    def __init__(self, cut: Cut, *, rotary: bool, port: TrunkPort) -> None:
+    def __init__(self, cut: Cut, *, rotary: bool, port: TrunkPort, last_positions: int = 0) -> None:
         super().__init__(cut.trunk.start)
         self.port = port
+        self._chooser = PositionChooser(last_positions)
         self.caches = CacheNumbers(self.index)
         self.replay: Tensor | None = None
         self.observe = False
@@ -181,35 +184,42 @@ class TrunkStub(PassThrough):
         """As a block of `transformers`: states at the bottom cut to states at the top cut.
 
         Raises:
-            UserError: see `CacheNumbers.enter`; or a replay with a cache or of another shape.
+            UserError: see `CacheNumbers.enter`; or a replay with a cache or of another shape; or packed sequences of which
+                positions would be left out.
             ProtocolError: the trunk's output has another shape.
         """
         cache = cache_argument(args, past_key_values)
         if self.replay is not None:
             return self._replayed(self.replay, hidden_states, cache)
         cache_id, past = self.caches.enter(cache, hidden_states.shape[0])
-        self.note_smashed(hidden_states)
-        self.crosses_backward = torch.is_grad_enabled() and hidden_states.requires_grad
+        sent = self._chooser.choose(hidden_states, self._mask, cache, past)
+        self._note_smashed(hidden_states, sent)
+        crossing = hidden_states if sent is None else sent.take(hidden_states)
+        self.crosses_backward = torch.is_grad_enabled() and crossing.requires_grad
         context = self._context(position_ids, cache_id, past)
+        if sent is not None:
+            context = self._context_of_some(sent, position_ids, context)
         if self.crosses_backward:
-            output: Tensor = _Crossing.apply(hidden_states, self.port, context)
+            output: Tensor = _Crossing.apply(crossing, self.port, context)
         else:
-            output = _fitting(self.port.forward(hidden_states.detach(), context)[1], hidden_states)
+            output = _fitting(self.port.forward(crossing.detach(), context)[1], crossing)
         if cache is not None:
             count_positions(cache, self.index, hidden_states)
             self.caches.leave(cache, cache_id, past + hidden_states.shape[1])
-        return output
+            self._chooser.keep(cache, sent)
+        return output if sent is None else sent.put(hidden_states, output)
 
     def take_observed(self) -> Observed | None:
-        """What the last pass left under ``observe``, once: embeddings E, smashed activations H, and the padding mask."""
+        """What the last pass left under ``observe``, once: embeddings E, smashed activations H, and where both count."""
         embeddings, smashed, mask = self.embeddings, self.smashed, self._observed_mask
         self.embeddings = self.smashed = self._observed_mask = None
         return None if embeddings is None or smashed is None else (embeddings, smashed, mask)
 
-    def note_smashed(self, hidden: Tensor) -> None:
-        """Under ``observe``, remember the states at the cut. An emulator in this slot has them told by its own pre-hook."""
+    def _note_smashed(self, hidden: Tensor, sent: Sent | None) -> None:
         if self.observe:
             self.smashed, self._observed_mask = hidden, _unless_all_ones(self._mask)
+            if sent is not None:
+                self._observed_mask = sent.here if self._mask is None else sent.here & self._mask.bool()
             if self.index == 0:
                 self.embeddings = hidden
 
@@ -239,6 +249,16 @@ class TrunkStub(PassThrough):
             mask = self._mask.bool()
         keep = self.crosses_backward
         return TrunkContext(mask, positions, cache_id, keep, keep, self.training, starts=past == 0)
+
+    def _context_of_some(self, sent: Sent, position_ids: Tensor | None, every: TrunkContext) -> TrunkContext:
+        """The same of the positions that are sent. Their gaps must not look like borders of packed sequences: see `_context`."""
+        if self._mask is None and not every.cache_id and every.position_ids is not None:
+            raise UserError(
+                "positions of packed sequences cannot be left out", hint="give an attention mask, or send every position"
+            )
+        mask = sent.present(self._mask)
+        mask = _unless_all_ones(mask) if every.cache_id else mask
+        return replace(every, attention_mask=mask, position_ids=sent.positions(position_ids))
 
     def note_mask(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the decoder: blocks are given a mask already made 4-D, which is not sent."""
@@ -274,9 +294,11 @@ def _skipped_in_replay(stub: TrunkStub, forward: Callable[..., Tensor]) -> Calla
     return run_or_skip
 
 
-def install_trunk_stub(model: nn.Module, family: Family, cut: Cut, port: TrunkPort) -> TrunkStub:
+def install_trunk_stub(
+    model: nn.Module, family: Family, cut: Cut, port: TrunkPort, *, last_positions: int = 0
+) -> TrunkStub:
     """Connect an `owner_model` to the trunk behind ``port``. No path of a module or parameter changes."""
-    stub = TrunkStub(cut, rotary=family.positions is None, port=port)
+    stub = TrunkStub(cut, rotary=family.positions is None, port=port, last_positions=last_positions)
     stub.train(model.training)
     setattr(model.get_submodule(family.blocks), str(stub.index), stub)
     model.get_submodule(family.decoder).register_forward_pre_hook(stub.note_mask, with_kwargs=True)

@@ -85,16 +85,22 @@ def install_emulator(
         setattr(slots, str(slot), block)
 
 
-def as_trunk(config: Any, cut: Cut, blocks: Mapping[int, nn.Module]) -> Runner:
-    """What runs an emulator's blocks on hidden states, as the trunk would run: in the other slots states pass through."""
+def emulated_trunk(config: Any, cut: Cut, blocks: Mapping[int, nn.Module]) -> nn.Module:
+    """A `trunk_model` with an emulator's blocks; in the other slots states pass through."""
     model = trunk_model(config, cut)
     slots = model.get_submodule(find_family(config).blocks)
     for slot in cut.trunk:
         setattr(slots, str(slot), blocks.get(slot) or PassThrough(slot))
-    decoder: Any = model.get_submodule(find_family(config).decoder)
+    return model
 
-    def run(hidden: Tensor, mask: Tensor | None) -> Tensor:
-        return decoder(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
+
+def as_trunk(config: Any, cut: Cut, blocks: Mapping[int, nn.Module]) -> Runner:
+    """What runs an emulator's blocks on hidden states, as the trunk would run; with position ids where they do not count."""
+    decoder: Any = emulated_trunk(config, cut, blocks).get_submodule(find_family(config).decoder)
+
+    def run(hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
+        output = decoder(inputs_embeds=hidden, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        return output.last_hidden_state
 
     return run
 

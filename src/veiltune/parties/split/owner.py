@@ -87,7 +87,9 @@ class SplitOwner(Owner):
         party.figures["model"] = {"fingerprint": card.fingerprint, "num_parameters": card.num_parameters}
         party.figures["owner_share"] = cut_shares(model_config, self.cut, 1, 1).owner_share
         self.port = WirePort(link, plan.wire, self._reconnecting(party))
-        self.stub = install_trunk_stub(self.model, find_family(model_config), self.cut, self.port)
+        self.stub = install_trunk_stub(
+            self.model, find_family(model_config), self.cut, self.port, last_positions=plan.last_positions
+        )
         tuner = self._tuner(party, find_family(model_config), dtype, device)
         if rounded:
             round_between_operations(self.model)
@@ -174,8 +176,9 @@ class SplitOwner(Owner):
         self.split_tuner.prepare(examples, held_out, bottom=self._bottom_fingerprint())
 
     def _bottom_fingerprint(self) -> str:
-        """Of what a trunk output depends on: the agreed terms and the bottom as it is now."""
+        """Of what a trunk output depends on: the agreed terms, which positions go, and the bottom as it is now."""
         terms = terms_of(self.party.config, self.plan, pins=self._pins)
+        terms["last_positions"] = self.plan.last_positions
         digest = hashlib.sha256(json.dumps(terms, sort_keys=True).encode())
         for name, value in self._of_bottom(dict(self.model.named_parameters())).items():
             digest.update(name.encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,12 @@ from veiltune.privacy.decorrelation import DecorrelationOptions
 from veiltune.privacy.quantisation import WireOptions
 
 PROTOCOL = 1
+
+LastPositions = Annotated[
+    int,
+    Field(ge=0, description="of each row of a pass send its first token and so many of its last; 0: send every one"),
+]
+"""How many of a row's last positions go to the trunk: the owner's own affair (`models.sent_positions`)."""
 
 
 class ServerOptions(Section):
@@ -66,6 +72,7 @@ class SplitPlan:
         warm_up: see `WarmUpOptions`.
         emulator: what stands in for the trunk in training; ``None``: the trunk itself.
         plug_in: the owner returns what it trained, and the provider puts it into its model.
+        last_positions: how many of a row's last positions are sent, with its first; 0: all are.
         server: the provider's own settings.
     """
 
@@ -76,6 +83,7 @@ class SplitPlan:
     warm_up: WarmUpOptions | None = None
     emulator: EmulatorOptions | None = None
     plug_in: bool = False
+    last_positions: int = 0
     server: ServerOptions = field(default_factory=ServerOptions)
 
 

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from veiltune.engine import Engine
 from veiltune.examples import TokenizedExample
 from veiltune.models.bottom import Bottom
-from veiltune.models.cut import Cut
-from veiltune.models.emulators.blocks import emulator_blocks
+from veiltune.models.cut import Cut, Trunk
+from veiltune.models.emulators.blocks import emulated_trunk, emulator_blocks
 from veiltune.models.emulators.card import EmulatorCard
-from veiltune.models.families import find_family
+from veiltune.models.emulators.port import EmulatorPort
 from veiltune.models.trunk_stub import TrunkStub
 from veiltune.parties.clock import BorderClock
 from veiltune.parties.output_cache import OutputCache
@@ -196,7 +196,7 @@ class KeepingTuner(SplitTuner):
 class EmulatedTuner(SplitTuner):
     """Training and its evaluation run on the emulator; scoring and generation cross to the trunk."""
 
-    _blocks: dict[int, nn.Module] | None = None
+    _emulator: EmulatorPort | None = None
 
     def accumulate(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int) -> float:
         """See `Tuner.accumulate`."""
@@ -216,33 +216,20 @@ class EmulatedTuner(SplitTuner):
         bottom: str,  # noqa: ARG002
     ) -> None:
         """Get the emulator."""
-        self._blocks = self._blocks or self._fetch()
+        self._emulator = self._emulator or self._fetch()
 
     @contextmanager
     def on_emulator(self) -> Generator[None]:
         """See `SplitTuner.on_emulator`."""
-        if self._blocks is None:
-            self._blocks = self._fetch()
-        model = self.engine.model
-        slots = model.get_submodule(find_family(model.config).blocks)
-        before = {slot: slots.get_submodule(str(slot)) for slot in self._blocks}
-        for slot, block in self._blocks.items():
-            setattr(slots, str(slot), block.train(model.training))
-        first = self._blocks[
-            self.stub.index
-        ]  # it stands in the stub's place, and has to tell what would have been sent
-        told = first.register_forward_pre_hook(self._note_smashed)
+        self._emulator = self._emulator or self._fetch()
+        before, self.stub.port = self.stub.port, self._emulator
         try:
             yield
         finally:
-            told.remove()
-            for slot, block in before.items():
-                setattr(slots, str(slot), block)
+            self.stub.port = before
+            self._emulator.forget()
 
-    def _note_smashed(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self.stub.note_smashed(args[0])
-
-    def _fetch(self) -> dict[int, nn.Module]:
+    def _fetch(self) -> EmulatorPort:
         self.port.link.send(EmulatorRequest())
         tensors: dict[str, Tensor] = {}
         card: dict[str, Any] = {}
@@ -253,11 +240,13 @@ class EmulatedTuner(SplitTuner):
             if shard.last:
                 break
         self.party.figures["emulator"] = card
+        config: Any = self.engine.model.config
         blocks = emulator_blocks(
-            self.engine.model.config,
+            config,
             self.cut.trunk,
             EmulatorCard.from_json(card),
             tensors,
             materialise=next(self.engine.model.parameters()).dtype,
         )
-        return {slot: block.to(self.engine.device) for slot, block in blocks.items()}
+        model = emulated_trunk(config, self.cut, blocks).to(self.engine.device)
+        return EmulatorPort(Trunk(model, config, self.cut))
