@@ -595,7 +595,7 @@ def test_versions_belong_to_the_digest(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_shipped_studies_can_be_read() -> None:
-    assert set(shipped_studies()) == {"small", "sweeps"}
+    assert set(shipped_studies()) == {"small", "sweeps", "positions"}
     small = read_study_file("small")
     assert {entry.design for entry in small.designs} >= {
         "local",
@@ -619,6 +619,15 @@ def test_the_shipped_studies_can_be_planned(name: str) -> None:
     study = plan_study(read_study_file(name))
     attacked = {run.config.design for run in study.runs if run.attacks}
     assert attacked >= {"online", "obfuscatune", "gradfree", "veil"}
+
+
+@pytest.mark.slow
+def test_the_study_of_positions_can_be_planned() -> None:
+    study = plan_study(read_study_file("positions"))
+    sent = [run.config.design_options["online"]["last_positions"] for run in study.runs]
+    assert 0 in sent
+    assert len(set(sent)) == len(study.runs) > 2
+    assert all(run.attacks for run in study.runs)
 
 
 # --- the directory and the records ------------------------------------------------------------------------------------
