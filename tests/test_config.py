@@ -398,6 +398,7 @@ def test_an_owners_share_makes_another_run_that_the_others_need_not_know_of(key:
     [
         ("online", {"server": {"max_pending": 9}}, False),
         ("online", {"decorrelation": {"alpha": 3.0}}, False),
+        ("online", {"last_positions": 8}, False),
         ("online", {"wire": {"activation_bits": 4}}, True),
         ("gradfree", {"cache": {"sealed": True}, "warm_up": {"steps": 4}}, False),
         ("offsite", {"emulator": {"distil_steps": 7}}, False),

@@ -22,10 +22,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-OWN_OPTIONS: Final = frozenset({"server", "cache", "warm_up", "decorrelation", "protected", "key"})
+OWN_OPTIONS: Final = frozenset({"server", "cache", "warm_up", "decorrelation", "last_positions", "protected", "key"})
 """Options of designs that are one party's business: how a provider serves, what an owner keeps, how it warms up or
-decorrelates its own layers, where host and enclave keep a protected checkpoint. What is named neither here nor in
-`MACHINE_OPTIONS` is agreed on."""
+decorrelates its own layers, which positions it sends, where host and enclave keep a protected checkpoint. What is named
+neither here nor in `MACHINE_OPTIONS` is agreed on."""
 MACHINE_OPTIONS: Final = frozenset({"ranks", "rendezvous", "compile", "compile_backend", "checkpointing"})
 """Options that say how a host's machine computes, as ``device`` does: neither agreed on nor part of what a run is."""
 _OWN_PREFIX: Final = "distil_"  # how a provider distils its emulator

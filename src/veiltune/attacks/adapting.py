@@ -109,7 +109,9 @@ class Channel:
             stand: dict[str, Tensor] = {}
             if places is not None:  # with a mask, lest gaps be taken for the borders of packed texts
                 stand["position_ids"] = torch.nn.utils.rnn.pad_sequence(places[start : start + ROWS], batch_first=True)
-                stand["attention_mask"] = torch.nn.utils.rnn.pad_sequence([*map(torch.ones_like, part)], batch_first=True)
+                stand["attention_mask"] = torch.nn.utils.rnn.pad_sequence(
+                    [*map(torch.ones_like, part)], batch_first=True
+                )
             crossing = self.agreed.projected(self.bottom.states(ids, **stand))
             made += [row[: len(each)] for row, each in zip(crossing, part, strict=True)]
         firsts = torch.stack([seen[0] - guess[0] for seen, guess in zip(sequences, made, strict=True)])

@@ -7,9 +7,9 @@ The ridge inverter can name the tokens of its corpus, the ``vocabulary`` most fr
 learned one points into the embedding table and can name any token: it starts from a linear map to embeddings, fitted to the
 corpus and to random tokens, and learns what context adds to that.
 
-*Gaps.* Where positions of the texts were not sent, the learned inverter is trained on public texts cut to the lengths of those that
-crossed, with the same positions left out, and guesses every token: at the gaps it has the distances to the text's ends and what its
-layers gather from the states that were sent. The ridge inverter, which takes each state by itself, says nothing of the gaps.
+*Gaps.* Where positions of the texts were not sent, the learned inverter is trained on public texts cut to the lengths of those
+that crossed, with the same positions left out, and guesses every token: at the gaps it has the distances to the text's ends and
+what its layers gather from the states that were sent. The ridge inverter, which takes each state by itself, says nothing of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NEGATIVES = 4096
 
 @dataclass(frozen=True)
 class _Lesson:
-    """Public states as the provider would get them, right-padded, and their tokens; ``sent``: which of them it would get."""
+    """Public states as the provider would get them, right-padded, and their tokens; ``sent``: which would really be sent."""
 
     states: Float[Tensor, "n seq k"]
     ids: Int[Tensor, "n seq"]
@@ -62,9 +62,7 @@ def _whole(texts: Sequence[Sequence[int]]) -> list[_Text]:
     return [_Text(text, len(text)) for text in texts]
 
 
-def _shaped(
-    texts: Sequence[Sequence[int]], places: Sequence[Int[Tensor, " _"]], rng: torch.Generator
-) -> list[_Text]:
+def _shaped(texts: Sequence[Sequence[int]], places: Sequence[Int[Tensor, " _"]], rng: torch.Generator) -> list[_Text]:
     """Public texts cut into pieces as long as those that crossed, with as many positions sent."""
     shapes = [(int(each[-1]) + 1, len(each) - 1) for each in places]
     found: list[_Text] = []
@@ -101,7 +99,7 @@ class _Teacher:
         every = torch.arange(ids.shape[1])
         present = every < lengths[:, None]
         sent = present & ((every == 0) | (every >= (lengths - tails)[:, None]))
-        return _Lesson(states * sent[..., None], ids, present, sent)
+        return _Lesson(states, ids, present, sent)
 
 
 def _scaled(states: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch e"]:
@@ -280,10 +278,10 @@ class _Decoder(nn.Module):
     def prepare(self, teacher: _Teacher) -> None:
         """Standardise inputs by the lessons', and fit the linear map to them by ridge regression."""
         lessons = [teacher.lesson(number) for number in range(len(teacher))]
-        rows = torch.cat([_scaled(lesson.states[lesson.sent]) for lesson in lessons])
+        rows = torch.cat([_scaled(lesson.states[lesson.present]) for lesson in lessons])
         self.get_buffer("centre").copy_(rows.mean(0))
         self.get_buffer("spread").copy_(rows.std(0).clamp_min(1e-6))
-        wanted = self.get_buffer("table")[torch.cat([lesson.ids[lesson.sent] for lesson in lessons])]
+        wanted = self.get_buffer("table")[torch.cat([lesson.ids[lesson.present] for lesson in lessons])]
         inputs = self._standardised(rows)
         gram = ridged((inputs.T @ inputs).double(), RIDGE)
         self.linear.weight.copy_(torch.linalg.solve(gram, (inputs.T @ (wanted - wanted.mean(0))).double()).T)
@@ -299,13 +297,18 @@ class _Decoder(nn.Module):
         classes: Int[Tensor, " c"],
         present: Bool[Tensor, "n seq"] | None = None,
     ) -> Float[Tensor, "n seq c"]:
-        """Scores of the tokens ``classes`` at every position; ``present``: where there is one, if not everywhere."""
+        """Scores of the tokens ``classes`` at every position; ``present``: where there is one, if not everywhere.
+
+        Without ``gaps`` every state is there, and ``sent`` tells nothing.
+        """
         rows, padding = self._standardised(_scaled(states)), None if present is None else ~present
         hidden = self.enter(rows)
         if self.missing is not None and self.place is not None:
             rows = rows * sent[..., None]
             hidden = torch.where(sent[..., None], hidden, self.missing)
-            hidden = hidden + self.place(_distances(torch.ones_like(sent) if present is None else present, len(self.missing)))
+            hidden = hidden + self.place(
+                _distances(torch.ones_like(sent) if present is None else present, len(self.missing))
+            )
         for block in self.blocks:
             hidden = block(hidden, src_key_padding_mask=padding)
         pointed = functional.normalize(self.linear(rows) + self.leave(hidden), dim=-1)

@@ -10,8 +10,8 @@ moves the right one away; with a beam a wrong token is not final. ``rounds`` mor
 that is corrected by what the one before found (`attacks.adapting`): against an owner's bottom that the attacker does not have,
 bottlenecks and noise. In these distances are log-likelihoods, and ``prior`` weighs the model's own log-probabilities beside them.
 
-*Gaps.* Of positions that were not sent nothing is matched. Those behind them are, each at its true position, after a prefix made of
-what was guessed of the ones that were sent: approximately, for the true prefix is not known.
+*Gaps.* Of positions that were not sent nothing is matched. Those behind them are, each at its true position, after a prefix made
+of what was guessed of the ones that were sent: approximately, for the true prefix is not known.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class VocabularyMatching(Attack):
         return Reconstruction(tokens=[spread(*each) for each in zip(found, places, strict=True)])
 
 
-def match_states(
+def match_states(  # noqa: PLR0913 - the search's settings, by name
     bottom: Bottom,
     agreed: Agreement,
     sequences: Sequence[Float[Tensor, "_ k"]],
@@ -102,9 +102,7 @@ class _Search:
         self._linear = Shortlist(channel, rng)
 
     @torch.no_grad()
-    def all(
-        self, sequences: Sequence[Float[Tensor, "_ k"]], places: Sequence[Int[Tensor, " _"]]
-    ) -> list[list[int]]:
+    def all(self, sequences: Sequence[Float[Tensor, "_ k"]], places: Sequence[Int[Tensor, " _"]]) -> list[list[int]]:
         """The tokens of every sequence, a few sequences at a time, those of like length together."""
         size = max(1, ROWS // (self.shortlist * self.beam))
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))

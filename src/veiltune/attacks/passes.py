@@ -51,7 +51,7 @@ class States:
     number: int
     hidden: Float[Tensor, "rows seq d"]
     lengths: Sequence[int]
-    places: Sequence[Int[Tensor, " sent"]]
+    places: Sequence[Int[Tensor, " _"]]
 
     def sequences(self) -> list[Float[Tensor, "_ d"]]:
         """Each row without its padding."""

@@ -56,6 +56,6 @@ GRADFREE = cut_design(
     options=GradfreeOptions,
     plan=_plan,
     layers="top",
-    exactness="approximate: states are rounded; with 32 bits, all positions and no warm-up, equal to local tuning of the top layers",
+    exactness="approximate: states are rounded; with 32 bits, all positions and no warm-up equal to local tuning of the top",
     is_exact=_exact,
 )

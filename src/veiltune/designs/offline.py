@@ -1,8 +1,9 @@
 """`offline`: offsite tuning against a compressed emulator, decorrelated, with a quantised wire at inference.
 
 *Reference.* GuardedTuning, Offline (arXiv 2501.04323). The emulator is smaller and coarser than `offsite`'s, so less of the
-trunk is given away; the bottom is tuned under L = L_task + α·dCor(E, H), so that what it sends later, at inference, says less. With ``last_positions`` (ours: see
-`models.sent_positions`) most of it is never sent; the same positions then skip the emulator, so that inference is what was tuned for.
+trunk is given away; the bottom is tuned under L = L_task + α·dCor(E, H), so that what it sends later, at inference, says less.
+With ``last_positions`` (ours: see `models.sent_positions`) most of it is never sent; the same positions skip the emulator, so
+that inference is what was tuned for.
 
 *Reveals.* As `offsite`, less what compression and rounding take away. The record's emulator report says by how much.
 """

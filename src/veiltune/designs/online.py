@@ -50,6 +50,6 @@ ONLINE = cut_design(
     plan=_plan,
     owner_sees=OWNER_SEES_GRADIENTS,
     provider_sees=PROVIDER_SEES_GRADIENTS,
-    exactness="approximate: rounded on the wire, with a second term in the objective; with 32 bits, α = 0 and all positions it is split",
+    exactness="approximate: rounded on the wire, with a second objective; with 32 bits, α = 0 and all positions it is split",
     is_exact=_exact,
 )

@@ -1,6 +1,6 @@
 """The leaky control's view: the messages of a recorded view as they would be with protection off.
 
-The same texts and passes, through the model as it was before tuning: states at the cut, all and in full precision, first states and
+The same texts and passes, through the model as it was before tuning: all states at the cut in full precision, first states and
 weights under no key, gradients at the cut of the true labels, and what `veiltune.evaluation.replaced` puts in their place for
 gradients of factors and emulators. Everything else is as recorded.
 """

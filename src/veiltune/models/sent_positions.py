@@ -1,9 +1,9 @@
 """Which positions of a pass go to the trunk: all of them, or of each row its first and its last few.
 
 A position that is left out takes no part in the trunk: its state goes from the bottom to the top as it is, and nothing in the
-trunk attends to it. The choice needs the padding mask alone, so the owner makes it by itself: the row's last ``k`` tokens, and its
-first, on which trained attention rests where it has nothing to look for (an attention sink). Tokens that a generation adds are the
-last of their pass and always go; the trunk's half of a KV cache holds what was sent, at its true positions.
+trunk attends to it. The choice needs the padding mask alone, so the owner makes it by itself: the row's last ``k`` tokens, and
+its first, on which trained attention rests where it has nothing to look for (an attention sink). Tokens that a generation adds
+are the last of their pass and always go; the trunk's half of a KV cache holds what was sent, at its true positions.
 
 *Symbols.* k: ``last``.
 
@@ -53,9 +53,11 @@ class Sent:
             mask: over past and pass, as the owner's decoder was given it; ``None``: nothing is padded.
         """
         both = torch.cat([self.held, self.here], dim=1)
-        return torch.ones_like(both)[both].view(len(both), -1) if mask is None else mask.bool()[both].view(len(both), -1)
+        return (
+            torch.ones_like(both)[both].view(len(both), -1) if mask is None else mask.bool()[both].view(len(both), -1)
+        )
 
-    def positions(self, position_ids: Int[Tensor, "rows seq"] | None) -> Int[Tensor, "rows sent"]:
+    def positions(self, position_ids: Int[Tensor, "rows seq"] | None) -> Int[Tensor, "_ sent"]:
         """True positions of those that go, in one row if all rows have the same.
 
         Args:

@@ -254,7 +254,8 @@ class TrunkStub(PassThrough):
         """The same of the positions that are sent. Their gaps must not look like borders of packed sequences: see `_context`."""
         if self._mask is None and not every.cache_id and every.position_ids is not None:
             raise UserError(
-                "positions of packed sequences cannot be left out", hint="give an attention mask, or send every position"
+                "positions of packed sequences cannot be left out",
+                hint="give an attention mask, or send every position",
             )
         mask = sent.present(self._mask)
         mask = _unless_all_ones(mask) if every.cache_id else mask

@@ -33,7 +33,9 @@ class EmulatorPort:
             UserError: a KV cache.
         """
         if context.cache_id:
-            raise UserError("the emulator keeps no KV cache", hint="generate through the trunk, or pass use_cache=False")
+            raise UserError(
+                "the emulator keeps no KV cache", hint="generate through the trunk, or pass use_cache=False"
+            )
         mask, positions = context.attention_mask, context.position_ids
         self._ticket += 1
         with torch.set_grad_enabled(context.keep):
