@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 import helpers
@@ -17,9 +18,11 @@ from helpers import exported_adapter, relative_error, run, transcripts, tuned, w
 from test_cut import ONE_EACH, Joined, batch, four_layers, halves, logits, with_positions
 from test_cut import plain as built
 from test_split_designs import stop_at
+from veiltune.data import load_tokenized
 from veiltune.errors import ConfigError, UserError
 from veiltune.models.bottom import Bottom
 from veiltune.models.sent_positions import PositionChooser, Sent, choose_positions
+from veiltune.models.sources import resolve_model
 from veiltune.models.top import Top
 from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.transport.messages import TrunkBackward, TrunkForward
@@ -267,7 +270,8 @@ def test_a_large_number_is_off_and_a_small_one_sends_that_many(
 ) -> None:
     found: dict[int, tuple[list[float], dict[str, Tensor]]] = {}
     for last in (0, ALL, 3):
-        output, more = tmp_path / str(last), {design: {"last_positions": last}}
+        output = tmp_path / str(last)
+        more: dict[str, Any] = {design: {"last_positions": last}}
         config = cut_config(design, output, data=text, train=TRAIN, session={"record": ["provider"]}, **more)
         losses = tuned(config)["loss"]
         found[last] = losses, exported_adapter(output)
@@ -286,16 +290,13 @@ def test_a_large_number_is_off_and_a_small_one_sends_that_many(
 
 def test_under_the_emulator_the_same_positions_are_left_out(tmp_path: Path, text: dict[str, str]) -> None:
     """An emulator that is the trunk itself: tuning on it is tuning across it, bit for bit, with positions left out as without."""
+
+    def losses(design: str, last: int) -> list[float]:
+        options: dict[str, Any] = {design: {"last_positions": last}}
+        return tuned(cut_config(design, tmp_path / f"{design}{last}", data=text, train=TRAIN, **options))["loss"]
+
     for last in (0, 3):
-        losses = [
-            tuned(
-                cut_config(
-                    design, tmp_path / f"{design}{last}", data=text, train=TRAIN, **{design: {"last_positions": last}}
-                )
-            )["loss"]
-            for design in ("online", "offline")
-        ]
-        assert losses[0] == losses[1], last
+        assert losses("online", last) == losses("offline", last), last
 
 
 def test_generation_with_a_large_number_is_off_bit_for_bit(tmp_path: Path) -> None:
@@ -333,8 +334,6 @@ def test_gradfree_keeps_outputs_of_this_choice_and_resumes(tmp_path: Path, text:
 @torch.no_grad()
 def test_the_top_sees_bottom_states_where_nothing_was_sent(tmp_path: Path, text: dict[str, str]) -> None:
     """What `gradfree` keeps: at the sent places the trunk's output, elsewhere what the bottom made."""
-    from safetensors.torch import load_file
-
     output = tmp_path / "run"
     config = cut_config("gradfree", output, data=text, train={**TRAIN, "steps": 1}, gradfree={"last_positions": 3})
     helpers.run(config, "tune")
@@ -342,10 +341,8 @@ def test_the_top_sees_bottom_states_where_nothing_was_sent(tmp_path: Path, text:
         load_file(path)["hidden"] for path in (output / "parties" / "owner" / "trunk-outputs").glob("*.safetensors")
     ]
     model = plain(deep_model())
-    from veiltune.data import load_tokenized
-    from veiltune.models.sources import resolve_model
-
     tokenizer = resolve_model(deep_model()).load_tokenizer()
+    assert config.data.train is not None
     bottoms = [
         Bottom(model, 1).states(torch.tensor([list(example.input_ids)]))[0]
         for example in load_tokenized(config.data.train, config, tokenizer, split="train")
@@ -353,6 +350,6 @@ def test_the_top_sees_bottom_states_where_nothing_was_sent(tmp_path: Path, text:
     assert kept
     for hidden in kept:
         alike = [each for each in bottoms if each.shape == hidden.shape and torch.equal(each[1:-3], hidden[1:-3])]
-        assert alike, "computed in a batch and alone, the bottom's states need not be the same to the last bit; here they are"
+        assert alike, "alone and in a batch the bottom's states need not be equal to the last bit; here they are"
         own = alike[0]
         assert not any(torch.equal(own[place], hidden[place]) for place in (0, -3, -2, -1))

@@ -145,7 +145,7 @@ def test_each_protection_changes_what_crosses_and_what_is_learnt(
 def test_decorrelation_is_recorded_and_lowers_the_correlation(
     design: str, tmp_path: Path, text: dict[str, str]
 ) -> None:
-    """Against the same run with a term too weak to matter; `offline` on its emulator, which stands where the stub stood."""
+    """Against the same run with a term too weak to matter; `offline` on its emulator, in the trunk's place."""
     means = {}
     for alpha in (1e-9, 20.0):
         config = cut_config(
@@ -623,11 +623,10 @@ def test_utility_is_measured_on_the_emulator_and_through_the_trunk(
     where: list[tuple[str, bool]] = []
 
     def measure(self: Any, when: str) -> None:
-        slots = self.model.get_submodule(self.family.blocks)
         tuner: EmulatedTuner = self.split_tuner
-        assert tuner._blocks is not None
-        slot = next(iter(tuner._blocks))
-        where.append((when, slots.get_submodule(str(slot)) is tuner._blocks[slot]))
+        assert tuner._emulator is not None
+        where.append((when, self.stub.port is tuner._emulator))
+        assert (self.stub.port is tuner.port) is (when == "after")
 
     monkeypatch.setattr("veiltune.parties.split.owner.SplitOwner.measure", measure)
     run(cut_config("offsite", tmp_path / "run", data=text, train={**TRAIN, "steps": 2}), "tune")

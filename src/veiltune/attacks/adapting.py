@@ -108,7 +108,9 @@ class Channel:
             ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
             stand: dict[str, Tensor] = {}
             if places is not None:  # with a mask, lest gaps be taken for the borders of packed texts
-                stand["position_ids"] = torch.nn.utils.rnn.pad_sequence(places[start : start + ROWS], batch_first=True)
+                stand["position_ids"] = torch.nn.utils.rnn.pad_sequence(
+                    [*places[start : start + ROWS]], batch_first=True
+                )
                 stand["attention_mask"] = torch.nn.utils.rnn.pad_sequence(
                     [*map(torch.ones_like, part)], batch_first=True
                 )
