@@ -43,7 +43,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "online-gpt2": ("online", {"online": {"wire": INT8, "last_positions": LAST}}),
     "gradfree": ("gradfree", {"gradfree": {"last_positions": LAST}}),
 }
-LEARN: dict[str, Any] = {"width": 64, "epochs": 6, "learning_rate": 4e-3}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ def test_the_learned_inverter_guesses_every_position(recorded: Record) -> None:
     run = recorded("online")
     found = attack_run(
         run,
-        make_attack("learned_inverter", {**LEARN, "epochs": 20, "width": 128}),
+        make_attack("learned_inverter", {"layers": 0, "width": 128, "epochs": 20, "learning_rate": 4e-3}),
         phase="tuning",
         limit=4,
         corpus=str(run.parent / "public.jsonl"),
