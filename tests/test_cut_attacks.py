@@ -22,6 +22,7 @@ from veiltune.attacks.adapting import Channel, fit_correction
 from veiltune.attacks.bisr import _guess
 from veiltune.attacks.cut_gradients import _least_squares
 from veiltune.attacks.fluency import Fluency
+from veiltune.attacks.inverter import _Teacher, _whole
 from veiltune.attacks.matching import match_states
 from veiltune.attacks.passes import Agreement
 from veiltune.attacks.scores import score_labels
@@ -283,6 +284,20 @@ def test_shadow_bottoms_move_away_from_the_public_one(model: Any) -> None:
     assert moves[0] < 1e-6 < moves[1]
     assert moves[-1] > moves[1]
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+def test_lessons_are_made_once_where_nothing_in_them_is_drawn(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, made = [text.tolist() for text in texts(20)], []
+    states = Shadows.states
+    monkeypatch.setattr(Shadows, "states", lambda self, ids, which: made.append(1) or states(self, ids, which))
+    noisy = Agreement(1, WireOptions(activation_bits=4, stochastic=True), 1)
+    for agreed, expected in ((PLAIN, 1), (noisy, 3)):
+        shadows = Shadows(model, agreed, Tuning(0, 0.0, 1, 0.0), corpus, rng())
+        teacher = _Teacher(shadows, agreed, _whole(corpus), rng())
+        made.clear()
+        lessons = [teacher.lesson(0) for _ in range(3)]
+        assert len(made) == expected
+        assert torch.equal(lessons[0].states, lessons[2].states) is (expected == 1)
 
 
 def test_lessons_draw_the_wires_noise_and_candidates_do_not() -> None:

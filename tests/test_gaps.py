@@ -62,7 +62,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Record:
         }
         return cut_config(design, output, deep_model("gpt2" if name.endswith("gpt2") else "llama"), **tables)
 
-    return recorder(directory, configure, texts=12, public=100)
+    return recorder(directory, configure, texts=12, public=150)
 
 
 def view_of(run: Path) -> View:
@@ -151,7 +151,7 @@ def test_the_learned_inverter_guesses_every_position(recorded: Record) -> None:
     run = recorded("online")
     found = attack_run(
         run,
-        make_attack("learned_inverter", {"layers": 0, "width": 128, "epochs": 20, "learning_rate": 4e-3}),
+        make_attack("learned_inverter", {"width": 128, "epochs": 20, "learning_rate": 4e-3}),
         phase="tuning",
         limit=4,
         corpus=str(run.parent / "public.jsonl"),

@@ -21,9 +21,11 @@ from test_split_designs import stop_at
 from veiltune.data import load_tokenized
 from veiltune.errors import ConfigError, UserError
 from veiltune.models.bottom import Bottom
+from veiltune.models.emulators.port import EmulatorPort
 from veiltune.models.sent_positions import PositionChooser, Sent, choose_positions
 from veiltune.models.sources import resolve_model
 from veiltune.models.top import Top
+from veiltune.models.trunk_stub import TrunkContext
 from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.transport.messages import TrunkBackward, TrunkForward
 
@@ -297,6 +299,14 @@ def test_under_the_emulator_the_same_positions_are_left_out(tmp_path: Path, text
 
     for last in (0, 3):
         assert losses("online", last) == losses("offline", last), last
+
+
+def test_an_emulator_keeps_no_cache_and_says_so() -> None:
+    trunk = leaving_out(built(four_layers("llama-tied-biased")), 0).trunk
+    port, states = EmulatorPort(trunk), torch.zeros(1, 2, 32, dtype=torch.float64)
+    context = TrunkContext(None, None, cache_id=1, keep=False, input_gradient=False, training=False)
+    with pytest.raises(UserError, match="no KV cache"):
+        port.forward(states, context)
 
 
 def test_generation_with_a_large_number_is_off_bit_for_bit(tmp_path: Path) -> None:
