@@ -86,6 +86,33 @@ def _sweep(which: str) -> str:
     return _markdown([which, "accuracy (95%)", "loss, last 10 steps", "dCor, last 10 steps", "bytes a step"], lines)
 
 
+def defences() -> str:
+    """Accuracy, bytes and what the learned inverter finds, with defences at the cut and without."""
+    rows = rows_of("defences")
+    found = {row["setting"].partition(";")[0]: row for row in rows if row.get("metric") == "rougeL"}
+    lines = [
+        [
+            row["setting"],
+            row["task"],
+            _accuracy(row),
+            f"{row['bytes_per_step'] / 1e3:,.0f} kB",
+            *_found(found.get(row["setting"])),
+        ]
+        for row in sorted(rows, key=lambda row: -row.get("bytes_per_step", 0))
+        if "bytes_per_step" in row and row.get("ci95")
+    ]
+    head = ["setting", "task", "accuracy (95%)", "bytes a step", "ROUGE-L (95%)", "leaky control", "shuffled control"]
+    return _markdown(head, lines)
+
+
+def _found(row: Row | None) -> list[str]:
+    if row is None:
+        return ["–"] * 3
+    low, high = row["ci95"]
+    shown = f"{row['value']:.2f} ({low:.2f}–{high:.2f})"
+    return [shown, f"{row['leaky_control']:.2f}", f"{row['shuffled_control']:.2f}"]
+
+
 def owner_shares() -> str:
     """Parameters and forward FLOPs at the owner."""
     lines = [
@@ -162,6 +189,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "wire": wire,
     "sweep_alpha": partial(_sweep, "alpha"),
     "sweep_wire": partial(_sweep, "wire"),
+    "defences": defences,
     "owner_shares": owner_shares,
     "condition_number": condition_number,
     "enclave_shares": enclave_shares,
