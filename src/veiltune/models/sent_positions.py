@@ -9,8 +9,9 @@ are the last of their pass and always go; the trunk's half of a KV cache holds w
 
 *Reveals.* To the trunk's holder: at most k + 1 states of a row of n tokens, their true positions, and so n.
 
-*Bound.* Of the other n - k - 1 tokens nothing crosses but what the bottom's attention put into the states that do: none at all in
-a bottom without blocks, whatever the attacker knows. With k ≥ n - 1 every token is sent, and the pass is the one without this.
+*Bound.* Of the other n - k - 1 tokens nothing crosses but what the bottom's attention put into the states that do (in a bottom
+without blocks nothing, whatever the attacker knows), and the top's into their gradients, where gradients cross. Texts that begin
+alike and end elsewhere send different positions, which add up. With k ≥ n - 1 every token is sent: the pass is the one without this.
 """
 
 from __future__ import annotations
