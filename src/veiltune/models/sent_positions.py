@@ -11,7 +11,7 @@ are the last of their pass and always go; the trunk's half of a KV cache holds w
 
 *Bound.* Of the other n - k - 1 tokens nothing crosses but what the bottom's attention put into the states that do (in a bottom
 without blocks nothing, whatever the attacker knows), and the top's into their gradients, where gradients cross. Texts that begin
-alike and end elsewhere send different positions, which add up. With k ≥ n - 1 every token is sent: the pass is the one without this.
+alike and end elsewhere send different positions, which add up. With k ≥ n - 1 every token is sent, and the pass is as without.
 """
 
 from __future__ import annotations
