@@ -71,6 +71,11 @@ class Service:
                 f"{design.name} has no {role!r} that runs as a service",
                 hint=f"it has: {', '.join(design.can_serve) or 'none'}",
             )
+        if config.session.record:
+            raise ConfigError(
+                f"session.record = {list(config.session.record)!r}: a service records no transcript",
+                hint="leave it out here, and record a run whose parties are started by tune",
+            )
         self.config = config
         self.role = role
         self.design = design
