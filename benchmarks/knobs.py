@@ -55,10 +55,8 @@ def _knobs_rows(records: Path) -> list[Row]:
         setting = row["setting"].partition(";")[0]
         made = runs[row["design"], setting]
         swept = {name: made.options.get(key.partition(".")[2]) for key, name in KNOBS.items()}
-        measured = {} if made.result is None else made.result.utility
-        accuracy = next(
-            (each.model_dump() for name, each in measured.items() if name.startswith(f"{row['task']}/")), None
-        )
+        measured: Mapping[str, Measurement] = {} if made.result is None else made.result.utility
+        own = (each.model_dump() for name, each in measured.items() if name.startswith(f"{row['task']}/"))
         rows.append(
             {**row, **{name: value for name, value in swept.items() if value is not None}, "accuracy": next(own, None)}
         )
