@@ -54,8 +54,8 @@ SETTINGS: dict[str, Services] = {
 
 
 def _environment(services: Services) -> Mapping[str, str]:
-    """Of the services, whatever this process was started with: all cores, as without a setting."""
-    cores = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    """Of the services: as many threads as the processes have, all cores unless this process was told otherwise."""
+    cores = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
     if not services.as_processes:
         return cores
     config = load_config({"design": DESIGN, "model": SMOLLM2, "output": "unused"}, options=option_tables())

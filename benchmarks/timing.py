@@ -22,13 +22,18 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f}%"
 
 
+def _beside(design: str, setting: str) -> str:
+    """What a setting says beside its design's name."""
+    return "" if setting == design else setting.removeprefix(f"{design}, ")
+
+
 def step_ratio(rows_of: Rows, markdown: Markdown) -> str:
     """Ratio to the plain PEFT step, designs with an enclave, by the models and the batch that people look at first."""
     lines = [
         [
             row["model"],
             f"`{row['design']}`",
-            "" if row["setting"] == row["design"] else row["setting"].removeprefix(f"{row['design']}, "),
+            _beside(row["design"], row["setting"]),
             ratio(row["ratio"]),
             f"{row['crossings_per_step']:.0f}",
             f"{row['border_bytes_per_step'] / 1e6:.1f} MB",
@@ -172,12 +177,13 @@ def links(rows_of: Rows, markdown: Markdown) -> str:
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         found.setdefault((row["design"], row["setting"]), {})[row["link"]] = row
-    lines = [["the link by itself", "", "", "", *(_link_itself(rows, name) for name in names)]] if rows else []
+    is_known = any("measured_bits_per_second" in row for row in rows)
+    lines = [["the link by itself", "", "", "", *(_link_itself(rows, name) for name in names)]] if is_known else []
     for (design, setting), by_link in found.items():
         first = next(iter(by_link.values()))
         counted = [f"{first['crossings_per_step']:.0f}", f"{first['border_bytes_per_step'] / 1e6:.1f} MB"]
         cells = [_step_and_token(by_link[name]) if name in by_link else "–" for name in names]
-        lines.append([f"`{design}`", "" if setting == design else setting, *counted, *cells])
+        lines.append([f"`{design}`", _beside(design, setting), *counted, *cells])
     return markdown(["design", "setting", "messages a step", "bytes a step", *names], lines)
 
 
