@@ -144,5 +144,5 @@ def _answer(far: socket.socket, num_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    ends = [socket.socket(fileno=int(word)) for word in sys.argv[1:3]]
-    relay(*ends, Shape(int(sys.argv[3])))
+    one, other, inherited = map(int, sys.argv[1:])
+    relay(socket.socket(fileno=one), socket.socket(fileno=other), Shape(inherited))

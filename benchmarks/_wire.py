@@ -84,12 +84,13 @@ class Direction:
 
 def carry(first: int, second: int, shape: Shape, stop: int) -> None:
     """Carry frames both ways between two descriptors, until something can be read from ``stop``."""
+    none: list[int] = []
     directions = {first: Direction(shape, second), second: Direction(shape, first)}
     while True:
         moments = [each.deliver(time.perf_counter()) for each in directions.values()]
         due = [moment for moment in moments if moment is not None]
         wait = max(0.0, min(due) - time.perf_counter()) if due else None
-        ready, _, _ = select.select([*directions, stop], [], [], wait)
+        ready, _, _ = select.select([*directions, stop], none, none, wait)
         if stop in ready:
             return
         for source in ready:
@@ -137,13 +138,13 @@ def wire(first: End, second: End, shape: Shape) -> Generator[None]:
 
 def _main(words: list[str]) -> int:
     try:
-        taps = [_tap(End(*words[0:2])), _tap(End(*words[2:4]))]
+        first, second = _tap(End(*words[0:2])), _tap(End(*words[2:4]))
     except OSError as error:
         print(error, file=sys.stderr)
         return 1
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
-    carry(*taps, Shape(int(words[4])), sys.stdin.fileno())
+    carry(first, second, Shape(int(words[4])), sys.stdin.fileno())
     return 0
 
 

@@ -117,9 +117,10 @@ def network(shape: Shape | None = None) -> Generator[Network]:
     Raises:
         NoWireError: this machine permits no cable with a shape.
     """
+    prefix = f"vt{os.getpid()}{'' if shape is None else 'far'}"  # both kinds may be up
     made = Network(
-        f"vt{os.getpid()}switch",
-        {role: f"vt{os.getpid()}{role}" for role in ROLES},
+        f"{prefix}switch",
+        {role: f"{prefix}{role}" for role in ROLES},
         {role: f"10.77.0.{number}" for number, role in enumerate(ROLES, 1)},
     )
     try:

@@ -41,7 +41,8 @@ def hands(*, listener: bool = True, connector: bool = True) -> tuple[MemoryHands
 
 @contextmanager
 def linked(*shakes: Any, **given: Any) -> Generator[Pair]:
-    near, far = meet(*(shakes or hands()), **given)
+    listener, connector = shakes or hands()
+    near, far = meet(listener, connector, **given)
     assert isinstance(near, SecureSocket), near
     assert isinstance(far, SecureSocket), far
     one, other = open_channel(near, "owner", "provider", **OPTIONS), open_channel(far, "provider", "owner", **OPTIONS)
