@@ -27,8 +27,8 @@ from veiltune.session.party_main import design_options
 from veiltune.session.wiring import channel_options, party_directory
 from veiltune.transport.channel import Channel, memory_pair
 from veiltune.transport.messages import Progress
+from veiltune.transport.one_machine import open_channel
 from veiltune.transport.secure import SecureSocket
-from veiltune.transport.secure_channel import open_channel
 from veiltune.transport.stream import HANDSHAKE_SECONDS, NamedSocket, parse_address, shake_hands
 from veiltune.transport.transcript import Meter
 
