@@ -381,8 +381,8 @@ def test_a_step_takes_as_many_trips_as_it_has_crossings(far: tuple[Network, Shap
     at_least = {"veil": 3 + owners, "obfuscatune": 8 * layers + owners}  # each waits for the one before it
     at_most = {design: near["cost"]["crossings_per_step"] + owners for design, (near, _) in runs.items()}
     for design, seconds in added.items():
-        # A message's own bytes take a tenth of a trip, and so may two processes that carry it, where others compute.
-        assert 0.9 * at_least[design] * TRIP < seconds < 1.3 * at_most[design] * TRIP, (added, at_most)
+        # Nothing arrives early. Four processes take turns at a message, which others' load may make late, by half a trip.
+        assert 0.9 * at_least[design] * TRIP < seconds < 1.5 * at_most[design] * TRIP, (added, at_most)
     quotient = added["obfuscatune"] / added["veil"]
     low, high = (one["obfuscatune"] / other["veil"] for one, other in ((at_least, at_most), (at_most, at_least)))
     assert low < quotient < high
