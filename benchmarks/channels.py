@@ -3,9 +3,8 @@
 SmolLM2-135M-Instruct, float32, LoRA rank 16, 4 x 128 tokens, the optimiser in the enclave. ``processes`` are what `veiltune tune`
 starts by itself, linked by what they inherit. ``services`` are `veiltune party` with keys, mutual TLS and the enclave's evidence,
 started as a user does; the owner, in this process, dials them. Between enclave and host payloads go through shared memory, or,
-with `session.link = "tcp"`, through TLS; which it was is read from what the enclave has mapped. Services once more in the
-environment that `veiltune tune` gives its processes (memory is kept, threads wait a little before they sleep) tell the link's
-part from that of the environment. All sessions stay open and take turns.
+with `session.link = "tcp"`, through TLS; which it was is read from what the enclave has mapped. All sessions stay open and take
+turns.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ from benchmarks._runs import SMOLLM2, live, temporary_output
 from benchmarks._steps import CASES, LORA, protected_step, random_ids, tables_for
 from veiltune.config import load_config
 from veiltune.designs import option_tables
+from veiltune.models.cache import cache_root
 from veiltune.parties.owner import Owner
-from veiltune.session.launch import party_environment
 from veiltune.session.live import live_owner
 from veiltune.transport.shared_memory import ARENA_NAME
 
@@ -33,33 +31,14 @@ BASE = "processes"
 DESIGN, OPTIONS = CASES["veil"]
 
 
-@dataclass(frozen=True)
-class Services:
-    """How services are started.
-
-    Attributes:
-        link: their ``session.link``.
-        as_processes: in the environment of the processes that they are compared with.
-    """
-
-    link: str
-    as_processes: bool = False
+SETTINGS = {"services, shared memory": "shared_memory", "services, TLS": "tcp"}
+"""By what services say in ``session.link``."""
 
 
-SETTINGS: dict[str, Services] = {
-    "services, shared memory": Services("shared_memory"),
-    "services, shared memory, environment of processes": Services("shared_memory", as_processes=True),
-    "services, TLS": Services("tcp"),
-}
-
-
-def _environment(services: Services) -> Mapping[str, str]:
-    """Of the services: as many threads as the processes have, all cores unless this process was told otherwise."""
-    cores = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
-    if not services.as_processes:
-        return cores
-    config = load_config({"design": DESIGN, "model": SMOLLM2, "output": "unused"}, options=option_tables())
-    return {**party_environment(config), **cores}
+def _environment() -> Mapping[str, str]:
+    """Of the services: as many threads as the processes have, and the models that this machine has."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    return {"OMP_NUM_THREADS": threads, "VEILTUNE_CACHE": str(cache_root())}
 
 
 def _dotted(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -67,13 +46,13 @@ def _dotted(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _served(model: str, services: Services) -> Generator[tuple[Owner, int]]:
+def _served(model: str, link: str) -> Generator[tuple[Owner, int]]:
     """A live session with services with keys; and the enclave's process."""
-    agreed = {"design": DESIGN, "model": model, "session.retry_seconds": 60, "session.link": services.link}
+    agreed = {"design": DESIGN, "model": model, "session.retry_seconds": 60, "session.link": link}
     agreed |= _dotted({"lora": {**LORA, "init_seed": 1}, "enclave": {"allow_simulated": True}, DESIGN: OPTIONS})
     with (
         temporary_output() as directory,
-        parties(directory, agreed, environment=_environment(services)) as made,
+        parties(directory, agreed, environment=_environment()) as made,
     ):
         path = made.write("owner", _dotted(tables_for(BATCH, LENGTH)))
         with live_owner(load_config(path, options=option_tables())) as owner:
@@ -86,14 +65,14 @@ def _data_plane(enclave: int) -> str:
     return "shared memory" if has_arena else "TLS"
 
 
-def _measure(model: str, settings: Mapping[str, Services], rounds: int) -> list[Row]:
+def _measure(model: str, settings: Mapping[str, str], rounds: int) -> list[Row]:
     ids = random_ids(model, BATCH, LENGTH)
     with ExitStack() as stack:
         processes = live(DESIGN, model, lora=LORA, **tables_for(BATCH, LENGTH), **{DESIGN: OPTIONS})
         owners = {BASE: stack.enter_context(processes)}
         planes = {BASE: "shared memory"}
-        for setting, services in settings.items():
-            owners[setting], enclave = stack.enter_context(_served(model, services))
+        for setting, link in settings.items():
+            owners[setting], enclave = stack.enter_context(_served(model, link))
             planes[setting] = _data_plane(enclave)
         steps = {setting: protected_step(owner, ids) for setting, owner in owners.items()}
         times = alternate(steps, rounds, warmup=2)
