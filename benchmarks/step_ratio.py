@@ -56,7 +56,8 @@ class Group:
 
 FOUR = ("local", "compact", "paper", "veil")
 TWO = ("compact", "veil")
-"""Of larger models no more sessions than these fit into 24 GiB beside one another."""
+"""Of larger models no more than two sessions fit into 24 GiB beside one another."""
+OTHER_TWO = ("local", "paper")
 GROUPS = (
     Group(SMOLLM2, "SmolLM2-135M-Instruct", (BATCH, LENGTH), tuple(CASES), 12),
     Group(SMOLLM2, "SmolLM2-135M-Instruct", LONG, (*FOUR, "veil, optimiser on the host"), 6),
@@ -64,6 +65,12 @@ GROUPS = (
     Group("random:gpt2-small", "random GPT-2 small", LONG, FOUR, 6),
     Group("random:gpt2-medium", "random GPT-2 medium", (BATCH, LENGTH), TWO, 3),
     Group("random:gpt2-medium", "random GPT-2 medium", LONG, TWO, 3),
+    Group("random:qwen2-0.5b", "random Qwen2-0.5B shape", (BATCH, LENGTH), TWO, 3),
+    Group("random:qwen2-0.5b", "random Qwen2-0.5B shape", LONG, TWO, 3),
+    Group("random:gpt2-medium", "random GPT-2 medium", (BATCH, LENGTH), OTHER_TWO, 3),
+    Group("random:gpt2-medium", "random GPT-2 medium", LONG, OTHER_TWO, 3),
+    Group("random:qwen2-0.5b", "random Qwen2-0.5B shape", (BATCH, LENGTH), OTHER_TWO, 3),
+    Group("random:qwen2-0.5b", "random Qwen2-0.5B shape", LONG, OTHER_TWO, 3),
 )
 QUICK = Group("random:gpt2", "random GPT-2, tiny", (BATCH, LENGTH), ("compact", "veil"), 2)
 

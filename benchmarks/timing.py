@@ -10,6 +10,7 @@ from benchmarks.claims import Markdown, Rows
 README_BATCH = (4, 128)
 README_MODELS = ("SmolLM2-135M-Instruct", "random GPT-2 small")
 """What the short table shows; the rest stands on the page of `veil`."""
+ENCLAVED = ("obfuscatune", "veil")
 
 
 def ratio(value: dict[str, Any]) -> str:
@@ -21,13 +22,18 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f}%"
 
 
+def _beside(design: str, setting: str) -> str:
+    """What a setting says beside its design's name."""
+    return "" if setting == design else setting.removeprefix(f"{design}, ")
+
+
 def step_ratio(rows_of: Rows, markdown: Markdown) -> str:
     """Ratio to the plain PEFT step, designs with an enclave, by the models and the batch that people look at first."""
     lines = [
         [
             row["model"],
             f"`{row['design']}`",
-            "" if row["setting"] == row["design"] else row["setting"].removeprefix(f"{row['design']}, "),
+            _beside(row["design"], row["setting"]),
             ratio(row["ratio"]),
             f"{row['crossings_per_step']:.0f}",
             f"{row['border_bytes_per_step'] / 1e6:.1f} MB",
@@ -142,25 +148,94 @@ def scaling(rows_of: Rows, markdown: Markdown) -> str:
     return markdown(head, lines)
 
 
+SITE = "1 Gbit/s, 1 ms"
+"""The link that the page of `veil` shows."""
+
+
 def network(rows_of: Rows, markdown: Markdown) -> str:
-    """Steps and tokens by link and setting."""
+    """Steps of each size and tokens over one link, designs with an enclave."""
     lines = [
         [
-            row["link"],
+            _shape(row),
             row["setting"],
-            f"{row['step_seconds']['median']:.2f} s",
-            _times(row["step_ratio_to_compact"]),
-            f"{1e3 * row['token_seconds']['median']:.0f} ms",
-            _times(row["generation_ratio_to_compact"]),
+            _seconds(row.get("step_seconds")),
+            _times(row.get("step_ratio_to_compact")),
+            _seconds(row.get("token_seconds")),
+            _times(row.get("generation_ratio_to_compact")),
         ]
         for row in rows_of("network")
+        if row["link"] == SITE and row["design"] in ENCLAVED
     ]
-    head = ["link", "setting", "a step", "faster than compact", "a token", "faster than compact"]
+    head = ["tokens", "setting", "a step", "faster than compact", "a token", "faster than compact"]
     return markdown(head, lines)
+
+
+def links(rows_of: Rows, markdown: Markdown) -> str:
+    """A step and a token by link, every design that crosses one, and one line with what the links themselves did."""
+    rows = [row for row in rows_of("network") if _shape(row) == _shape({})]
+    names = list(dict.fromkeys(row["link"] for row in rows))
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["design"], row["setting"]), {})[row["link"]] = row
+    is_known = any("measured_bits_per_second" in row for row in rows)
+    lines = [["the link by itself", "", "", "", *(_link_itself(rows, name) for name in names)]] if is_known else []
+    for (design, setting), by_link in found.items():
+        first = next(iter(by_link.values()))
+        counted = [f"{first['crossings_per_step']:.0f}", f"{first['border_bytes_per_step'] / 1e6:.1f} MB"]
+        cells = [_step_and_token(by_link[name]) if name in by_link else "–" for name in names]
+        lines.append([f"`{design}`", _beside(design, setting), *counted, *cells])
+    return markdown(["design", "setting", "messages a step", "bytes a step", *names], lines)
+
+
+def _shape(row: Row) -> str:
+    """Tokens of a step; of a result of an earlier version, which had one shape, that."""
+    return f"{row.get('batch', README_BATCH[0])} × {row.get('length', README_BATCH[1])}"
+
+
+def _link_itself(rows: list[Row], name: str) -> str:
+    """What was measured of a link: once for each group of sessions that took turns over it."""
+    found = [row for row in rows if row["link"] == name and "measured_bits_per_second" in row]
+    if not found:
+        return "–"
+    trips = sorted({1e3 * row["measured_round_trip_seconds"] for row in found})
+    rates = sorted({row["measured_bits_per_second"] / 1e9 for row in found})
+    return f"{_range(trips, '.1f')} ms there and back, {_range(rates, '.2f')} Gbit/s"
+
+
+def _range(values: list[float], how: str) -> str:
+    low, high = format(values[0], how), format(values[-1], how)
+    return low if low == high else f"{low}–{high}"
+
+
+def _step_and_token(row: Row) -> str:
+    if "left_out" in row:
+        return f"over {row['link_seconds']:.0f} s (computed)"
+    return f"{_seconds(row['step_seconds'])}; {_seconds(row['token_seconds'])}"
+
+
+def _seconds(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "–"
+    seconds = value["median"]
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
 
 
 def _times(value: dict[str, Any] | None) -> str:
     return "–" if value is None else f"{1 / value['median']:.1f} ×"
+
+
+def channels(rows_of: Rows, markdown: Markdown) -> str:
+    """A step among services with keys, against processes of one machine."""
+    lines = [
+        [
+            row["setting"],
+            row["data_plane"],
+            _seconds(row["step_seconds"]),
+            "–" if row["ratio"] is None else ratio(row["ratio"]),
+        ]
+        for row in rows_of("channels")
+    ]
+    return markdown(["parties", "between enclave and host", "a step", "step / among processes"], lines)
 
 
 def stream_protect(rows_of: Rows, markdown: Markdown) -> str:
@@ -178,4 +253,4 @@ def stream_protect(rows_of: Rows, markdown: Markdown) -> str:
     return markdown(["blocks", "checkpoint", "largest tensor", "largest resident set", "time, one thread"], lines)
 
 
-TABLES = (step_ratio, step_ratio_veil, split_ratio, generation, scaling, network, stream_protect)
+TABLES = (step_ratio, step_ratio_veil, split_ratio, generation, scaling, network, links, channels, stream_protect)

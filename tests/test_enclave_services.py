@@ -22,7 +22,11 @@ import helpers
 from commands import outside
 from helpers import make_config, model_directory, tuned, write_examples
 from programs import Program, write_toml
+from veiltune.config import load_config
+from veiltune.designs import option_tables
+from veiltune.session.live import live_owner
 from veiltune.transport.identity import make_identity, private_file
+from veiltune.transport.shared_memory import ARENA_NAME
 
 ROLES = ("owner", "provider", "enclave", "host")
 SERVICES = ("host", "enclave", "provider")
@@ -178,6 +182,20 @@ def test_owners_one_after_another_at_the_same_services(tmp_path: Path) -> None:
             assert not {"refused", "owner_gone"} & made.programs[role].names()
             key = private_file(tmp_path / role, role).read_text().splitlines()[1]
             assert key not in json.dumps(made.programs[role].events) + made.programs[role].errors + metrics
+
+
+@pytest.mark.parametrize("link", ["shared_memory", "tcp"])
+def test_enclave_and_host_share_memory_where_both_say_so(tmp_path: Path, link: str) -> None:
+    """And the losses are the same. What an enclave has mapped tells; nobody else maps an arena."""
+    with organisations(tmp_path, "veil", session__link=link) as made:
+        config = load_config(Path(made.owner()), options=option_tables())
+        with live_owner(config):
+            maps = {role: Path(f"/proc/{each.process.pid}/maps").read_text() for role, each in made.programs.items()}
+        mapped = {role for role, text in maps.items() if ARENA_NAME in text}
+        assert mapped == ({"enclave", "host"} if link == "shared_memory" else set())
+        code, out, err = ran(["tune", made.owner("tunes"), "--json"])
+        assert code == 0, err
+        assert json.loads(out)["loss"] == made.expected("tunes")
 
 
 def test_dropout_draws_what_it_draws_among_local_processes(tmp_path: Path) -> None:

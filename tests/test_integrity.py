@@ -21,6 +21,7 @@ from veiltune.models.rotated import RotatedTrunk
 from veiltune.models.trunk import HostTrunk
 from veiltune.parties.enclaved import HostSession
 from veiltune.parties.enclaved.checks import Sampler, answers_to_catch
+from veiltune.parties.enclaved.sealed_trunk import SealedTrunk
 from veiltune.parties.party import Job
 from veiltune.privacy.freivalds import LAMBDA, VECTORS, FactorProjections, Image, Lora, excess
 from veiltune.secrets import MasterSecret
@@ -185,6 +186,18 @@ class Cheat:
         patch.setattr(owner, method, cheating)
 
 
+TRUNKS: dict[str, type] = {"obfuscatune": HostTrunk, "veil": RotatedTrunk}
+
+
+def cheat_of_the_host_alone(cheat: Cheat, patch: pytest.MonkeyPatch, design: str, *methods: str) -> None:
+    """The enclave computes by the same class, and is honest."""
+    honest = TRUNKS[design]
+    cheating = type("Cheating", (honest,), {method: getattr(honest, method) for method in methods})
+    for method in methods:
+        cheat.install(patch, cheating, method)
+    patch.setattr(f"veiltune.designs.{design}.host.{honest.__name__}", cheating)
+
+
 def half_more(value: Tensor) -> Tensor:
     return value * 1.5
 
@@ -242,21 +255,49 @@ def test_obfuscatune_finds_whatever_is_false_when_all_is_checked(
     assert steps_done(tmp_path / "run") <= 1  # factors B are 0 at first, and so are some gradients
 
 
+@pytest.mark.parametrize("model", ["llama-tied-biased", "gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [("forward", "output of"), ("backward", "input gradient of"), ("_gradients", "gradient of")],
+)
+@pytest.mark.parametrize("change", [half_more, one_row_negated])
+def test_compact_segments_are_computed_again(
+    model: str, method: str, named: str, change: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cheat = Cheat(1.0, change)
+    if method == "_gradients":
+        cheat.install(monkeypatch, HostSession, method)
+    else:
+        cheat_of_the_host_alone(cheat, monkeypatch, "obfuscatune", method)
+    failure = caught(training(tmp_path, "obfuscatune", model, 3, spot_checks=1.0))
+    assert named in str(failure)
+    assert steps_done(tmp_path / "run") <= 1
+
+
 PRODUCTS_A_STEP = (
     2 * 7 + 7
 )  # of two Llama blocks: q, k, v, o, gate, up, down; four input gradients a block, one of them not wanted
 
 
+SEGMENTS_A_STEP = 4 + 3  # outputs, and gradients of all inputs but the first
+
+
+@pytest.mark.parametrize(
+    ("placement", "share", "answers"),
+    [
+        ("paper", 0.5, PRODUCTS_A_STEP),
+        pytest.param("compact", 1.0, SEGMENTS_A_STEP, marks=[pytest.mark.slow, pytest.mark.ci]),
+    ],
+)
 def test_obfuscatune_catches_a_host_that_falsifies_one_answer_in_a_hundred(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    placement: str, share: float, answers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the answers are checked, so within the number of steps that the formula states, at 99%."""
-    steps = math.ceil(answers_to_catch(0.5, 0.01, 0.99) / PRODUCTS_A_STEP)
-    assert steps < 60
+    """Within the number of steps that the formula states for the share that is checked, at 99%."""
+    steps = math.ceil(answers_to_catch(share, 0.01, 0.99) / answers)
+    assert steps < 70
     cheat = Cheat(0.01, half_more)
-    cheat.install(monkeypatch, HostTrunk, "forward")
-    cheat.install(monkeypatch, HostTrunk, "backward")
-    config = training(tmp_path, "obfuscatune", "llama", steps, spot_checks=0.5, **PAPER)
+    cheat_of_the_host_alone(cheat, monkeypatch, "obfuscatune", "forward", "backward")
+    config = training(tmp_path, "obfuscatune", "llama", steps, spot_checks=share, placement=placement)
     failure = caught(config)
     assert cheat.calls >= 1
     done = steps_done(tmp_path / "run")
@@ -273,9 +314,13 @@ def test_a_host_that_is_not_checked_is_believed(tmp_path: Path, monkeypatch: pyt
     assert cheat.calls > 0
 
 
+ALL_OF_A_COMPACT_STEP = {"gpt2": 2 * 8 + 7, "qwen3": 2 * 14 + 7}
+"""Two factors of each linear, an output of each of four segments, and the gradient of all inputs but the first."""
 HONEST: dict[str, tuple[str, str, dict[str, Any]]] = {
     "obfuscatune": ("obfuscatune", "gpt2", {"spot_checks": 1.0, **PAPER}),
     "obfuscatune-gaussian": ("obfuscatune", "qwen3", {"spot_checks": 1.0, "matrix": "gaussian", **PAPER}),
+    "compact": ("obfuscatune", "gpt2", {"spot_checks": 0.5}),
+    "compact-gaussian": ("obfuscatune", "qwen3", {"spot_checks": 0.5, "matrix": "gaussian"}),
     "veil": ("veil", "gpt2", {"canaries": 0.5}),
     "veil-all-inside": ("veil", "qwen3", {"canaries": 0.5, "enclave_layers": 0}),
 }
@@ -290,17 +335,16 @@ def test_an_honest_host_is_not_accused_and_nothing_changes(setting: str, dtype: 
     config = training(tmp_path, design, model, steps, dtype=dtype, **options)
     outcome = run(config, "tune")
     engine = outcome.owner["engine"]
-    if (
-        design == "obfuscatune"
-    ):  # of each linear its output and two factors; of each operation but the first its gradient
+    if options.get("placement") == "paper":
+        # of each linear its output and two factors; of each operation but the first its gradient
         linears = {"gpt2": 8, "qwen3": 14}[model]
         assert engine["checks"] == steps * (3 * linears + 7)
     else:
-        assert 0 < engine["checks"] < steps
+        assert 0 < engine["checks"] < (steps if design == "veil" else ALL_OF_A_COMPACT_STEP[model] * steps)
     cost = result_of(config, outcome).cost.enclave
     assert (cost.checks, cost.check_seconds) == (engine["checks"], engine["check_seconds"])
     assert engine["check_seconds"] > 0
-    assert not (tmp_path / "run" / "parties" / "enclave" / "canaries").exists()
+    assert not [path for kept in ("canaries", "checks") for path in (tmp_path / "run").rglob(kept)]
     (tmp_path / "plain").mkdir()
     unchecked = {name: value for name, value in options.items() if name not in {"spot_checks", "canaries"}}
     plain = run(training(tmp_path / "plain", design, model, steps, dtype=dtype, **unchecked), "tune")
@@ -330,7 +374,7 @@ def test_veil_finds_whatever_is_false_in_a_canary(
 ) -> None:
     cheat = Cheat(1.0, half_more)
     if owner is RotatedTrunk:
-        cheat_of_the_host_alone(cheat, monkeypatch, method)
+        cheat_of_the_host_alone(cheat, monkeypatch, "veil", method)
     else:
         cheat.install(monkeypatch, owner, method)
     failure = caught(training(tmp_path, "veil", model, 3, canaries=1.0))
@@ -338,24 +382,12 @@ def test_veil_finds_whatever_is_false_in_a_canary(
     assert steps_done(tmp_path / "run") <= 1
 
 
-def cheat_of_the_host_alone(cheat: Cheat, patch: pytest.MonkeyPatch, method: str) -> None:
-    """The enclave computes by the same class, and is honest."""
-    from veiltune.designs.veil import host
-
-    class Cheating(RotatedTrunk):
-        pass
-
-    setattr(Cheating, method, getattr(RotatedTrunk, method))
-    cheat.install(patch, Cheating, method)
-    patch.setattr(host, "RotatedTrunk", Cheating)
-
-
 def test_veil_catches_a_host_that_falsifies_one_row_in_a_hundred(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every step has a false row then, so the step that is drawn first is the last."""
     cheat = Cheat(1.0, one_row_negated)  # of about 2·48 rows
-    cheat_of_the_host_alone(cheat, monkeypatch, "forward")
+    cheat_of_the_host_alone(cheat, monkeypatch, "veil", "forward")
     steps = answers_to_catch(0.3, 1.0, 0.99)
     assert steps == 13
     caught(training(tmp_path, "veil", "llama", steps, canaries=0.3))
@@ -364,12 +396,10 @@ def test_veil_catches_a_host_that_falsifies_one_row_in_a_hundred(
 
 def test_evaluation_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes without a backward; what was altered on the enclave's disk does not pass for the trunk."""
-    from veiltune.designs.veil.checks import SealedTrunk
-
     job = Job(verb="probe", probe={"input_ids": [[1, 2, 3]], "steps": 0})
     config = make_config("veil", "llama", tmp_path / "honest", veil={"canaries": 1.0})
     assert run(config, job).owner["engine"]["checks"] == 2
-    cheat_of_the_host_alone(Cheat(1.0, half_more), monkeypatch, "forward")
+    cheat_of_the_host_alone(Cheat(1.0, half_more), monkeypatch, "veil", "forward")
     with pytest.raises(PartyFailure, match="output of the trunk in pass 1 is not what it was asked for"):
         run(make_config("veil", "llama", tmp_path / "false", veil={"canaries": 1.0}), job)
     sealed = SealedTrunk(tmp_path / "sealed")
@@ -382,14 +412,47 @@ def test_evaluation_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sealed.read(0)
 
 
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("setting", ["compact", "veil"])
+def test_generations_are_checked_at_their_end(
+    setting: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pass by pass through a KV cache; an honest host's tokens are those without checks, a false one is named."""
+    design, option = {"compact": ("obfuscatune", "spot_checks"), "veil": ("veil", "canaries")}[setting]
+    greedy = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    job = Job(verb="generate", prompt="Hi there", settings=greedy)
+
+    def answered(name: str, share: float) -> dict[str, Any]:
+        return run(make_config(design, model, tmp_path / name, **{design: {**SEEDED, option: share}}), job).owner
+
+    checked, believed = answered("checked", 1.0), answered("believed", 0.0)
+    assert checked["generated"]["tokens"] == believed["generated"]["tokens"]
+    # all passes of two attentions, and of two MLPs; or all passes of the trunk
+    assert checked["engine"]["checks"] == {"compact": 4 * 6, "veil": 1}[setting]
+    cheat = LaterCheat(1.0, half_more)
+    cheat_of_the_host_alone(cheat, monkeypatch, design, "forward")
+    with pytest.raises(PartyFailure, match="the host's output of") as found:
+        answered("false", 1.0)
+    assert found.value.kind == "IntegrityError"
+    assert answered("false and believed", 0.0)["generated"]["text"] is not None
+
+
+class LaterCheat(Cheat):
+    """Honest in the prompt's pass."""
+
+    def falsify(self, value: Tensor) -> Tensor:
+        return value if value.shape[1] > 1 else super().falsify(value)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("design", "options", "tables", "message"),
     [
-        ("obfuscatune", {"spot_checks": 0.1}, {}, "placement is 'compact'"),
+        ("obfuscatune", {"spot_checks": 0.1, "optimizer_at": "host"}, {}, "only the host knows"),
         ("obfuscatune", {"spot_checks": 0.1, "optimizer_at": "host", **PAPER}, {}, "only the host knows"),
+        ("obfuscatune", {"spot_checks": 0.1}, {"lora": {"dropout": 0.1}}, r"lora.dropout = 0.1"),
         ("obfuscatune", {"spot_checks": 0.1, **PAPER}, {"lora": {"dropout": 0.1}}, r"lora.dropout = 0.1"),
         ("obfuscatune", {"spot_checks": 0.1, **PAPER}, {"dtype": "bfloat16"}, "bfloat16"),
         ("veil", {"canaries": 0.1, "optimizer_at": "host"}, {}, "only the host knows"),

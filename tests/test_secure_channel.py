@@ -26,9 +26,10 @@ from veiltune.peers import IdentityConfig, PeerConfig
 from veiltune.session.service import dial, party_handshake
 from veiltune.transport.channel import ChannelOptions
 from veiltune.transport.identity import Identity, load_identity, make_identity, new_identity, private_file
+from veiltune.transport.one_machine import open_channel
 from veiltune.transport.refusals import RefusedPeerError
 from veiltune.transport.secure import SecureHandshake, SecureSocket
-from veiltune.transport.secure_channel import RECORD_BYTES, SecureChannel, open_channel
+from veiltune.transport.secure_channel import RECORD_BYTES, SecureChannel
 from veiltune.transport.stream import (
     Handshake,
     accept,

@@ -20,14 +20,14 @@ from veiltune.config import Config
 from veiltune.designs import DESIGNS
 from veiltune.errors import CheckpointError, ConfigError, PeerLostError, ProtocolError, VeiltuneError
 from veiltune.parties.party import Job
-from veiltune.session.dialling import check_connect, dial, is_exposed, is_loopback, local_roles
+from veiltune.session.dialling import check_connect, dial, is_exposed, local_roles
 from veiltune.session.opening import job_of, numbered
 from veiltune.session.service import MAX_HANDSHAKES, Service, parse_address
 from veiltune.session.wiring import channel_options
 from veiltune.transport.channel import memory_pair
 from veiltune.transport.messages import Acknowledged, Goodbye, OpenSession, Refused, StopSoon
 from veiltune.transport.session_link import SessionLink
-from veiltune.transport.stream import NamedSocket, SocketChannel, shake_hands, token_handshake
+from veiltune.transport.stream import NamedSocket, SocketChannel, is_loopback, shake_hands, token_handshake
 
 HERE = ("127.0.0.1", 0)
 NUMBER, OTHER_NUMBER = 32 * "a", 32 * "b"

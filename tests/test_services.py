@@ -217,6 +217,18 @@ def veiltune(capsys: pytest.CaptureFixture[str]) -> Any:
             "session.connect needs session.processes",
             "leave",
         ),
+        (
+            "tune",
+            {"session.connect.provider": "127.0.0.1:1", "session.record": ["provider"]},
+            "session.record = ['provider']: with session.connect the provider is a service, which records no transcript",
+            "leave session.connect out",
+        ),
+        (
+            "party provider",
+            {"session.token_file": "NEW", "session.record": ["provider"]},
+            "session.record = ['provider']: a service records no transcript",
+            "started by tune",
+        ),
     ],
 )
 def test_what_cannot_be_a_service(

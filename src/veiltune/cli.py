@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # other libraries', which tell a user nothing
-            return _run(arguments)
+            return _run(arguments, is_program=argv is None)
     except VeiltuneError as error:
         _say_error(error)
         if as_json:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fault.exit_code
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], *, is_program: bool) -> int:
     parser = build_parser(
         {
             "demo": _demo,
@@ -88,6 +88,7 @@ def _run(arguments: list[str]) -> int:
     if verb is not None and verb not in VERBS:
         raise UserError(f"there is no verb {verb!r}", hint=nearest(verb, VERBS))
     options = parser.parse_args(arguments)
+    options.is_program = is_program
     return options.run(options)
 
 
@@ -284,8 +285,11 @@ def _advise(options: argparse.Namespace) -> int:
 
 
 def _party(options: argparse.Namespace) -> int:
+    from veiltune.environment import start_again_as_party
     from veiltune.serving import run_owner, run_service
 
+    if options.is_program and options.role != "owner":
+        start_again_as_party()
     config = _configuration(options)
     if options.role == "owner":
         again = argparse.Namespace(**vars(options), overwrite=False)

@@ -17,11 +17,15 @@ def run_service(config: Config, role: str, *, listen: str, health: str | None, a
     Raises:
         VeiltuneError: what the role cannot start for.
     """
+    import torch
+
     from veiltune.display import ServiceLog, console
     from veiltune.session.service import Service, parse_address
 
     if health is not None:
         config = config.model_copy(update={"session": config.session.model_copy(update={"health": health})})
+    if config.session.threads is not None:
+        torch.set_num_threads(config.session.threads)
     service = Service(config, role, parse_address(listen), ServiceLog(console(), as_json=as_json))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())

@@ -34,9 +34,16 @@ from veiltune.transport.messages import (
     SegmentOutput,
 )
 
+Context = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""What attentions of a pass need beside hidden states: mask, and the two rotary tables."""
+
 
 class Witness(Protocol):
     """Sees what the host answers before it is used, and raises IntegrityError where it is found to be wrong."""
+
+    def announced(self, context_id: int, context: Context) -> None:
+        """What attentions of later passes refer to by this number."""
+        ...
 
     def answered(self, asked: SegmentForward, outputs: tuple[Tensor, ...]) -> None:
         """A forward crossing."""
@@ -48,6 +55,10 @@ class Witness(Protocol):
 
     def forget(self) -> None:
         """No backward of the passes so far will come."""
+        ...
+
+    def finished(self, cache_id: int) -> None:
+        """No more passes with this KV cache will come."""
         ...
 
 
@@ -65,7 +76,7 @@ class TrunkClient:
         self.wait_seconds = 0.0
         self._tickets = 0
         self._contexts = 0
-        self._last_context: tuple[tuple[Tensor | None, ...], int] | None = None
+        self._last_context: tuple[Context, int] | None = None
         self._caches: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._num_caches = 0
         self._oldest_cache = 1
@@ -103,11 +114,13 @@ class TrunkClient:
 
     def context(self, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> int:
         """Announce a pass's mask and rotary tables, once for all layers that share them."""
-        values = (mask, cos, sin)
+        values: Context = (mask, cos, sin)
         if self._last_context is not None and all(a is b for a, b in zip(self._last_context[0], values, strict=True)):
             return self._last_context[1]
         self._contexts += 1
         self.channel.send(PassContext(self._contexts, *values))
+        if self.witness is not None:
+            self.witness.announced(self._contexts, values)
         self._last_context = (values, self._contexts)
         return self._contexts
 
@@ -131,6 +144,8 @@ class TrunkClient:
         """Have the host free every cache, and the passes with them."""
         for cache_id in range(self._oldest_cache, self._num_caches + 1):
             self.channel.send(Forget(cache_id))
+            if self.witness is not None:
+                self.witness.finished(cache_id)
         self._oldest_cache = self._num_caches + 1
         self._caches.clear()
         self.forget()

@@ -89,30 +89,44 @@ class HostTrunk(AdaptedTrunk):
         lora: the adapter's shape.
         device: where to compute.
         rounded: imitate bfloat16 (see `models.precision`).
+        only: a single block that is here; ``None``: all are.
     """
 
     def __init__(
-        self, config: Any, placement: Placement, lora: LoraConfig, device: torch.device, *, rounded: bool
+        self,
+        config: Any,
+        placement: Placement,
+        lora: LoraConfig,
+        device: torch.device,
+        *,
+        rounded: bool,
+        only: int | None = None,
     ) -> None:
         family, num_layers = find_family(config), config.num_hidden_layers
-        adapted = [linear.path for linear in adapted_linears(family, num_layers, lora)]
+        self._here = range(num_layers) if only is None else (only,)
+        adapted = [linear.path for linear in adapted_linears(family, num_layers, lora, self._here)]
         super().__init__(empty_model(config), family, adapted, device, rounded=rounded)
         self.config = config
         self.operations = family.operations(num_layers, placement)
         held = {linear.path for linear in family.linears(num_layers)}
         if placement == "compact":
             held |= {path for _, path in family.exposed(num_layers)}
-        self._move_output_terms_away(num_layers)
-        inject_adapters(self.model, lora, family, num_layers)
-        keep_modules(self.model, held)
+        here = tuple(f"{family.blocks}.{block}." for block in self._here)
+        self._move_output_terms_away()
+        inject_adapters(self.model, lora, family, num_layers, paths=adapted)
+        keep_modules(self.model, {path for path in held if path.startswith(here)})
         self.blocks = blocks_of(self.model, self.family)
         self._contexts: dict[int, dict[str, Any]] = {}
         self._caches: dict[int, Any] = {}
         self._kept: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
-    def _move_output_terms_away(self, num_layers: int) -> None:
+    def held_blocks(self) -> list[nn.Module]:
+        """See `AdaptedTrunk.held_blocks`."""
+        return [self.blocks[index] for index in self._here]
+
+    def _move_output_terms_away(self) -> None:
         """The enclave adds the output side's bias and applies its dropout, after unmasking."""
-        for block in range(num_layers):
+        for block in self._here:
             for segment in self.family.segments:
                 linear: Any = self.model.get_submodule(f"{self.family.blocks}.{block}.{segment.output}")
                 if self.family.weights_in_out:  # Conv1D always adds a bias

@@ -9,7 +9,6 @@ Of two parties that are linked, the first named in the design's ``links`` dials,
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import secrets
 from collections.abc import Collection
@@ -21,17 +20,9 @@ from veiltune.errors import ConfigError, PeerLostError, nearest
 from veiltune.peers import require_peers
 from veiltune.transport.channel import Channel, ChannelOptions
 from veiltune.transport.identity import load_identity
+from veiltune.transport.one_machine import MemoryHandshake, open_channel
 from veiltune.transport.secure import SecureHandshake
-from veiltune.transport.secure_channel import open_channel
-from veiltune.transport.stream import TOKEN_BYTES, Handshake, connect, parse_address, token_handshake
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address never leaves this machine. A name that is none of this machine's own counts as leaving it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+from veiltune.transport.stream import TOKEN_BYTES, Handshake, connect, is_loopback, parse_address, token_handshake
 
 
 def is_exposed(config: Config, host: str) -> bool:
@@ -105,9 +96,14 @@ def party_handshake(config: Config, me: str, peer: str | Collection[str], *, lis
         )
     for each in sorted(peers):
         require_peers(config.peers, me, identity.pin, each)
-    return SecureHandshake(
+    secure = SecureHandshake(
         identity=identity, peers=config.peers, accepts=peers, fingerprint=config.fingerprint(), listening=listening
     )
+    design = DESIGNS[config.design]
+    one, other = (peers, {me}) if listening else ({me}, peers)
+    if design.enclaves and (one, other) == tuple({role} for role in design.data_plane):
+        return MemoryHandshake(secure=secure, wanted=config.session.link == "shared_memory")
+    return secure
 
 
 def dial(config: Config, peer: str, options: ChannelOptions, *, me: str) -> Channel:

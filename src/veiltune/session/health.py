@@ -15,8 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Final
 
 from veiltune.errors import ConfigError
-from veiltune.session.dialling import is_loopback
-from veiltune.transport.stream import parse_address
+from veiltune.transport.stream import is_loopback, parse_address
 from veiltune.transport.transcript import Meter
 
 _COUNTED: Final[Mapping[str, str]] = {

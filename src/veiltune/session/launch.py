@@ -15,6 +15,7 @@ from typing import Any
 
 from veiltune.config import Config
 from veiltune.designs import DESIGNS, Design
+from veiltune.environment import party_environment
 from veiltune.parties.party import Job, Party, how_it_ended
 from veiltune.session.dialling import dial, local_roles
 from veiltune.session.opening import numbered
@@ -26,17 +27,6 @@ from veiltune.transport.stream import SocketChannel, accept, connect, listen_loo
 from veiltune.transport.transcript import Meter, Transcript
 
 CONTROL = "supervisor"
-PARTY_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "100000",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
-}
-GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}  # said outright, it does not grow with use
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # huge pages where the system gives them on request
-}
 
 
 @dataclass
@@ -207,7 +197,7 @@ def _spawn(config: Config, start: dict[str, Any], held: tuple[int, ...]) -> subp
             stdout=log,
             stderr=log,
             pass_fds=[*fds, start["control"], *held],
-            env=party_environment(config, frugal=start["job"]["native"]),
+            env=party_environment(threads=config.session.threads, frugal=start["job"]["native"]),
             start_new_session=True,  # Ctrl-C is the supervisor's to handle
         )
     for fd in fds:
@@ -216,19 +206,6 @@ def _spawn(config: Config, start: dict[str, Any], held: tuple[int, ...]) -> subp
     process.stdin.write(json.dumps(start).encode())
     process.stdin.close()
     return process
-
-
-def party_environment(config: Config, *, frugal: bool = False) -> dict[str, str]:
-    """A party's environment.
-
-    Parties take turns on the same cores, so one that waits must not spin. Tensors come and go with every message, so freed
-    memory stays with the process instead of being given back and faulted in again, unless it is to be ``frugal``.
-    """
-    ours = {**PARTY_ENVIRONMENT, **(GIVE_MEMORY_BACK if frugal else KEEP_MEMORY)}
-    environment = {**ours, **os.environ}  # what the user sets wins
-    if config.session.threads is not None:
-        environment["OMP_NUM_THREADS"] = str(config.session.threads)
-    return environment
 
 
 def attach(start: dict[str, Any]) -> tuple[Party, Transcript | None]:

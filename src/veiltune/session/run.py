@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from veiltune.config import Config
-from veiltune.designs import DESIGNS
+from veiltune.designs import DESIGNS, Design
 from veiltune.errors import CheckpointError, ConfigError, PeerLostError, ProtocolError, VeiltuneError, nearest
 from veiltune.parties.party import Job
 from veiltune.results import write_json
@@ -88,9 +88,7 @@ def prepare_output(config: Config, *, resume: bool, overwrite: bool) -> int | No
     check_connect(config, design)
     if config.session.connect and not config.session.processes:
         raise ConfigError("session.connect needs session.processes = true", hint="leave session.processes out")
-    for observer in config.session.record:
-        if observer not in (roles := design.roles):
-            raise ConfigError(f"session.record names no party: {observer!r}", hint=nearest(observer, roles))
+    _check_record(config, design)
     if resume:
         return _committed_step(config)
     if output.exists() and any(not path.name.startswith(f"{CONFIG}.") for path in output.iterdir()):  # torn by a kill
@@ -105,6 +103,17 @@ def prepare_output(config: Config, *, resume: bool, overwrite: bool) -> int | No
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / CONFIG, json.loads(config.to_json()))
     return None
+
+
+def _check_record(config: Config, design: Design) -> None:
+    for observer in config.session.record:
+        if observer not in design.roles:
+            raise ConfigError(f"session.record names no party: {observer!r}", hint=nearest(observer, design.roles))
+        if config.session.connect and observer != "owner":
+            raise ConfigError(
+                f"session.record = [{observer!r}]: with session.connect the {observer} is a service, which records no transcript",
+                hint="record a run whose parties are started here: leave session.connect out",
+            )
 
 
 def _clear(output: Path) -> None:

@@ -27,8 +27,8 @@ from veiltune.session.party_main import design_options
 from veiltune.session.wiring import channel_options, party_directory
 from veiltune.transport.channel import Channel, memory_pair
 from veiltune.transport.messages import Progress
+from veiltune.transport.one_machine import open_channel
 from veiltune.transport.secure import SecureSocket
-from veiltune.transport.secure_channel import open_channel
 from veiltune.transport.stream import HANDSHAKE_SECONDS, NamedSocket, parse_address, shake_hands
 from veiltune.transport.transcript import Meter
 
@@ -70,6 +70,11 @@ class Service:
             raise ConfigError(
                 f"{design.name} has no {role!r} that runs as a service",
                 hint=f"it has: {', '.join(design.can_serve) or 'none'}",
+            )
+        if config.session.record:
+            raise ConfigError(
+                f"session.record = {list(config.session.record)!r}: a service records no transcript",
+                hint="leave it out here, and record a run whose parties are started by tune",
             )
         self.config = config
         self.role = role

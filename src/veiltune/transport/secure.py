@@ -48,6 +48,7 @@ from veiltune.transport.refusals import (
     require_none,
     tls_failure,
 )
+from veiltune.transport.shared_memory import SharedArena
 from veiltune.transport.stream import handshake_deadline, read_exactly
 
 _ANNOUNCEMENT: Final = struct.Struct(">4sBH")
@@ -74,10 +75,12 @@ class SecureSocket(ssl.SSLSocket):
     Attributes:
         peer: who proved to be there. Not set before the whole handshake has passed.
         own_pin: the key of this end.
+        arenas: written and read by this end, where payloads go through shared memory: `one_machine`.
     """
 
     peer: Verified
     own_pin: str
+    arenas: tuple[SharedArena, SharedArena] | None = None
 
 
 def _utc_now() -> datetime:
@@ -124,7 +127,7 @@ class SecureHandshake:
             )
         der, roles, pin = (self._announced_to_us if self.listening else self._announce)(sock, deadline)
         tls = self._encrypt(sock, der, deadline)
-        with _closing_on_failure(tls):
+        with closing_on_failure(tls):
             role = (self._answer if self.listening else self._greet)(tls, roles, deadline)
         tls.peer, tls.own_pin = Verified(role, pin), self.identity.pin
         return tls
@@ -205,7 +208,7 @@ class SecureHandshake:
         tls = self._context(der).wrap_socket(
             sock, server_side=self.listening, do_handshake_on_connect=False, suppress_ragged_eofs=False
         )
-        with _closing_on_failure(tls):
+        with closing_on_failure(tls):
             tls.do_handshake()
             return _require_certificate(tls, der)
 
@@ -292,7 +295,7 @@ def _require_certificate(tls: ssl.SSLSocket, der: bytes) -> SecureSocket:
 
 
 @contextmanager
-def _closing_on_failure(tls: ssl.SSLSocket) -> Generator[None]:
+def closing_on_failure(tls: ssl.SSLSocket) -> Generator[None]:
     """Whatever fails in TLS closes the connection. A certificate is also judged after the other end could speak."""
     try:
         yield

@@ -141,17 +141,6 @@ class SecureChannel(SocketChannel):
             ) from error
 
 
-def open_channel(sock: socket.socket, me: str, peer: str, **options: Unpack[ChannelOptions]) -> SocketChannel:
-    """The channel over what `stream.connect` or `stream.accept` returned, whichever handshake it was.
-
-    Raises:
-        ProtocolError: another party than ``peer`` proved to be at the other end.
-    """
-    if isinstance(sock, SecureSocket):
-        return SecureChannel(sock, me, peer, **options)
-    return SocketChannel(sock, me, peer, **options)
-
-
 def _gathered(pieces: Iterable[memoryview]) -> Generator[memoryview]:
     """The same bytes, with small pieces that follow one another joined: each would cost a record and a system call."""
     small = bytearray()

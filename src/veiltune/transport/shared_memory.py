@@ -6,7 +6,8 @@ socket, and tensors are used only after the copy, so a peer that goes on writing
 
 Layout of an arena: one page of counters, then the ring. The only counter is a 64-bit one at byte 64, which the receiver
 advances: bytes it has copied out, ever. The sender counts what it wrote by itself and learns from the counter how much
-of the ring is free; the receiver needs no counter of the sender's, for the doorbell tells it what to read next.
+of the ring is free; the receiver needs no counter of the sender's, for the doorbell tells it what to read next. The 32 bytes
+from byte 128 on are for whoever has to recognise an arena that it opened by a number (`one_machine`).
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from veiltune.transport.frame import Frame
 from veiltune.transport.stream import SocketChannel
 
 DEFAULT_ARENA_BYTES = 16 << 20
+ARENA_NAME = "veiltune-arena"
 _PAGE_BYTES = 4096
 _MEMORY_DIRECTORY = Path("/dev/shm")  # noqa: S108 - only with mkstemp, and unlinked at once
 _COUNTER = 8  # index of a 64-bit word, in a cache line of its own
+_TOKEN = slice(128, 160)
 _FIRST_SLEEP_SECONDS, _LONGEST_SLEEP_SECONDS = 20e-6, 1e-3
 
 
@@ -60,7 +63,7 @@ class SharedArena:
         if num_bytes < 1:
             raise ValueError(f"an arena needs at least one byte, not {num_bytes}")
         if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("veiltune-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fd = os.memfd_create(ARENA_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, _PAGE_BYTES + num_bytes)
             # A peer that shrank the file would kill this process at its next access.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
@@ -125,6 +128,14 @@ class SharedArena:
             pass  # with the lock below: on any processor, the copies are over before the counter says so
         with self._barrier:
             self._counters[_COUNTER] = self._done
+
+    def set_token(self, token: bytes) -> None:
+        """Write 32 bytes by which the other end recognises this arena."""
+        self._whole[_TOKEN] = token
+
+    def token(self) -> bytes:
+        """The 32 bytes that `set_token` wrote; zeros before."""
+        return bytes(self._whole[_TOKEN])
 
     def release_fd(self) -> None:
         """Close the descriptor, once it need not be passed on any more. The mapping stays."""

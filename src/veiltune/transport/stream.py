@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import secrets
 import select
 import socket
@@ -150,6 +151,14 @@ def accept(listener: socket.socket, handshake: Handshake, timeout: float = 60.0)
         f"no peer connected within {timeout:g} s ({refused} turned away{why})",
         hint="start the other party with the same session",
     )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address never leaves this machine. A name that is none of this machine's own counts as leaving it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from veiltune.checkpoints import StateStore
 from veiltune.config import TrainConfig
 from veiltune.designs.obfuscatune.checks import SpotChecks
+from veiltune.designs.obfuscatune.reruns import SegmentReruns
 from veiltune.models.adapters import Keys, mask_factors, unmask_factor_gradients, unmask_factors
 from veiltune.models.family import Linear
 from veiltune.models.remote import TrunkClient
@@ -40,7 +41,7 @@ class ObfuscatedBackend(HostedBackend):
         store: StateStore,
         trunk: Parameters,
         train: TrainConfig,
-        checks: SpotChecks | None = None,
+        checks: SpotChecks | SegmentReruns | None = None,
     ) -> None:
         super().__init__(client, secret, store, trunk, train)
         self.client = client

@@ -1,4 +1,4 @@
-"""Spot checks of `obfuscatune`: the host's products, its gradients of inputs, and its gradients of LoRA factors.
+"""Spot checks of `obfuscatune` where the host returns products: those, its gradients of inputs, and of LoRA factors.
 
 While masked weights pass through the enclave it keeps, of each linear, the image of one secret set of vectors on either side
 (`privacy.freivalds`): 4·(in + out) numbers. An answer that is checked is checked in all its rows. The host sees nothing of it, as
@@ -19,15 +19,22 @@ from torch import Tensor
 
 from veiltune.config import Config
 from veiltune.designs.obfuscatune.options import ObfuscaTuneOptions
-from veiltune.errors import ConfigError
 from veiltune.models.family import Family, Linear, Operation
-from veiltune.parties.enclaved.checks import Sampler, require_right
+from veiltune.models.remote import Context
+from veiltune.parties.enclaved.checks import (
+    ATTENTION_DROPOUTS,
+    Sampler,
+    refuse_bfloat16,
+    refuse_dropout,
+    refuse_foreign_optimizer,
+)
+from veiltune.parties.enclaved.verdicts import require_right
 from veiltune.privacy.freivalds import VECTORS, FactorProjections, Image, Lora, excess
 from veiltune.secrets import Secret
 from veiltune.transport.messages import SegmentForward
 
 
-def refuse_spot_checks(options: ObfuscaTuneOptions, config: Config) -> None:
+def refuse_spot_checks(options: ObfuscaTuneOptions, config: Config, model_config: Any, *, trains: bool) -> None:
     """Refuse what could not be checked soundly.
 
     Raises:
@@ -36,26 +43,11 @@ def refuse_spot_checks(options: ObfuscaTuneOptions, config: Config) -> None:
     if options.spot_checks == 0:
         return
     checked = f"obfuscatune.spot_checks = {options.spot_checks:g}"
-    if options.placement != "paper":
-        raise ConfigError(
-            f"{checked} cannot check whole segments, which are no products: placement is {options.placement!r}",
-            hint="set obfuscatune.placement = 'paper', where the host returns single products",
-        )
-    if options.optimizer_at != "enclave":
-        raise ConfigError(
-            f"{checked} cannot check with factors that only the host knows",
-            hint="set obfuscatune.optimizer_at = 'enclave'",
-        )
-    if config.lora.dropout > 0:
-        raise ConfigError(
-            f"{checked} cannot foretell what the host drops: lora.dropout = {config.lora.dropout}",
-            hint="set lora.dropout = 0",
-        )
-    if config.dtype == "bfloat16":
-        raise ConfigError(
-            f"{checked}: the rounding of dtype = 'bfloat16' hides changes of several percent, so a check would say little",
-            hint="set dtype = 'float32' or 'float64'",
-        )
+    refuse_foreign_optimizer(checked, "obfuscatune", options.optimizer_at)
+    refuse_bfloat16(checked, config)
+    if trains:  # under "paper" the enclave draws what the model drops
+        names = ATTENTION_DROPOUTS if options.placement == "compact" else ()
+        refuse_dropout(checked, config, model_config, names)
 
 
 @final
@@ -64,14 +56,15 @@ class SpotChecks(Secret):
 
     Args:
         family: whose linears they are.
-        operations: what the host is asked for, by index.
+        num_layers: blocks.
         scaling: s of LoRA.
         sampler: which answers are checked.
     """
 
-    def __init__(self, family: Family, operations: tuple[Operation, ...], scaling: float, sampler: Sampler) -> None:
+    def __init__(self, family: Family, num_layers: int, scaling: float, sampler: Sampler) -> None:
         self._family = family
-        self._operations = operations
+        self._operations = family.operations(num_layers, "paper")
+        self._linears = {linear.path: linear for linear in family.linears(num_layers)}
         self._scaling = scaling
         self._sampler = sampler
         self._forward: dict[str, Image] = {}
@@ -83,16 +76,25 @@ class SpotChecks(Secret):
 
     # --- what is kept of the weights and factors --------------------------------------------------------------------------
 
-    def learn(self, linear: Linear, weight: Float[Tensor, "in out"]) -> None:
-        """Keep the images of a masked weight that is on its way to the host."""
+    def learn(self, masked: Mapping[str, Tensor]) -> None:
+        """Keep the images of masked weights that are on their way to the host, and the biases that it adds."""
+        for name, value in masked.items():
+            path, _, leaf = name.rpartition(".")
+            linear = self._linears[path]
+            if leaf == "weight":
+                self._learn_weight(linear, value if self._family.weights_in_out else value.T)
+            else:
+                self._learn_bias(linear, value)
+
+    def _learn_weight(self, linear: Linear, weight: Float[Tensor, "in out"]) -> None:
         fan_in, fan_out = weight.shape
         with self._sampler.aside():
             vectors = self._vectors(f"{linear.path}/forward", fan_out)
             self._forward[linear.path] = Image(weight, vectors, self._biases.pop(linear.path, None))
             self._backward[linear.path] = Image(weight.T, self._vectors(self._shared(linear), fan_in))
 
-    def learn_bias(self, linear: Linear, bias: Float[Tensor, " out"]) -> None:
-        """The host adds this to what the linear gives. It may come before the weight or after."""
+    def _learn_bias(self, linear: Linear, bias: Float[Tensor, " out"]) -> None:
+        """It may come before the weight or after."""
         if linear.path in self._forward:
             self._forward[linear.path].add_bias(bias)
         else:
@@ -190,3 +192,12 @@ class SpotChecks(Secret):
     def forget(self) -> None:
         """See `Witness.forget`."""
         self._kept.clear()
+
+    def announced(self, context_id: int, context: Context) -> None:
+        """See `Witness.announced`. No product depends on it."""
+
+    def finished(self, cache_id: int) -> None:
+        """See `Witness.finished`. Every answer was checked, or was not, when it came."""
+
+    def close(self) -> None:
+        """The session is over. Nothing is on disk."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from veiltune.designs.obfuscatune.backend import ObfuscatedBackend
 from veiltune.designs.obfuscatune.checks import SpotChecks, refuse_spot_checks
 from veiltune.designs.obfuscatune.options import ObfuscaTuneOptions
+from veiltune.designs.obfuscatune.reruns import SegmentReruns
 from veiltune.engine import Engine
 from veiltune.models.adapters import Keys, adapted_linears, factor_dtype, initial_factors
 from veiltune.models.family import Linear
@@ -59,13 +60,25 @@ class Enclave(EnclaveSession):
 
     def refuse(self) -> None:
         """See `EnclaveSession.refuse`."""
-        refuse_spot_checks(self.options, self.config)
+        trains = self.party.job.verb in {"tune", "probe"}
+        refuse_spot_checks(self.options, self.config, self.model_config, trains=trains)
 
-    def _make_checks(self) -> SpotChecks | None:
+    def _make_checks(self) -> SpotChecks | SegmentReruns | None:
         if self.sampler is None:
             return None
-        lora, operations = self.config.lora, self.family.operations(self.num_layers, self.options.placement)
-        return SpotChecks(self.family, operations, lora.alpha / lora.rank, self.sampler)
+        lora = self.config.lora
+        if self.options.placement == "paper":
+            return SpotChecks(self.family, self.num_layers, lora.alpha / lora.rank, self.sampler)
+        directory = self.party.directory / "checks"
+        return SegmentReruns(self.model_config, lora, self.device, directory, self.keys, self.sampler)
+
+    def serve(self) -> None:
+        """See `EnclaveSession.serve`; what checks keep goes with the session."""
+        try:
+            super().serve()
+        finally:
+            if self.checks is not None:
+                self.checks.close()
 
     def _make_keys(self) -> Keys:
         labels = sorted({linear.key for linear in self.linears})
@@ -101,11 +114,11 @@ class Enclave(EnclaveSession):
             elif linear is not None and linear.side == "output":
                 self.outputs[path].bias = nn.Parameter(value.to(self.device), requires_grad=False)
             elif linear is not None or name in exposed:
-                if linear is not None and self.checks is not None:
-                    self.checks.learn_bias(linear, value)
                 masked[name] = value  # input-side biases act after the key cancels; QK-norm gains act on Q and K
             else:
                 assign_parameter(self.model, name, value.to(self.device))
+        if self.checks is not None and masked:
+            self.checks.learn(masked)
         return masked
 
     def _mask_weight(self, linear: Linear, weight: Tensor) -> Tensor:
@@ -115,8 +128,6 @@ class Enclave(EnclaveSession):
             self._close_key()
             self._open_key = key
         masked = key.mask_input_weight(row) if linear.side == "input" else key.mask_output_weight(row)
-        if self.checks is not None:
-            self.checks.learn(linear, masked)
         return (masked if self.family.weights_in_out else masked.T).contiguous()
 
     def divided(self) -> None:

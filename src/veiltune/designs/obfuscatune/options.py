@@ -27,8 +27,8 @@ class ObfuscaTuneOptions(Section):
         default=0,
         ge=0,
         le=1,
-        description="share of the products and gradients the host returns that the enclave checks; needs placement = 'paper' and "
-        "optimizer_at = 'enclave'",
+        description="share of what the host returns that the enclave checks; needs optimizer_at = 'enclave', and with "
+        "placement = 'compact' disk for the trunk",
     )
     key_seed: int | None = Field(
         default=None, description="reproducible keys, for tests only; unset: from the system's randomness"

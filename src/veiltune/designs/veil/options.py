@@ -54,8 +54,8 @@ class VeilOptions(Section):
         default=0,
         ge=0,
         le=1,
-        description="share of steps, and of passes without a backward, that the enclave computes again before it believes the "
-        "host; needs optimizer_at = 'enclave', and disk for the trunk",
+        description="share of steps, of passes without a backward and of generations that the enclave computes again; needs "
+        "optimizer_at = 'enclave', and disk for the trunk",
     )
     protected: str | None = Field(
         default=None,

@@ -10,7 +10,7 @@ Held at a time: one block, one block's graph, and the states that entered the bl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -64,17 +64,21 @@ class Rerun:
         trunk.ready()
         return trunk
 
-    def forward(self, request: VeiledForward, factors: Mapping[str, Tensor]) -> list[Float[Tensor, "batch seq d"]]:
-        """The states that enter each block, then the trunk's output.
+    def forward(
+        self, requests: Sequence[VeiledForward], factors: Mapping[str, Tensor]
+    ) -> list[list[Float[Tensor, "batch seq d"]]]:
+        """Of each pass the states that enter each block, then the trunk's output.
 
         Args:
-            request: a pass without a KV cache.
+            requests: a pass without a KV cache, or all passes of one, in their order.
             factors: the trunk's LoRA factors, in the host's basis.
         """
-        states = [request.hidden]
+        states = [[request.hidden] for request in requests]
         for block in self._cut.trunk:
-            asked = dataclasses.replace(request, keep=False, input_gradient=False, hidden=states[-1])
-            states.append(self._trunk(block, factors).forward(asked))
+            trunk = self._trunk(block, factors)
+            for request, found in zip(requests, states, strict=True):
+                asked = dataclasses.replace(request, keep=False, input_gradient=False, hidden=found[-1])
+                found.append(trunk.forward(asked))
         return states
 
     def backward(
@@ -88,7 +92,7 @@ class Rerun:
 
         Args:
             request: as for `forward`.
-            states: what that returned.
+            states: what that returned for it.
             gradient: of the trunk's output.
             factors: as for `forward`.
         """

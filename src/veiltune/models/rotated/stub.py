@@ -38,6 +38,10 @@ class PassWitness(Protocol):
         """A backward crossing: the output's gradient, and the input's where it was wanted."""
         ...
 
+    def finished(self, cache_id: int) -> None:
+        """No more passes with this KV cache will come."""
+        ...
+
 
 @final
 class VeilPort:
@@ -108,6 +112,8 @@ class VeilPort:
     def forget_cache(self, cache_id: int) -> None:
         """Have the host free a cache."""
         self.channel.send(Forget(cache_id))
+        if self.witness is not None:
+            self.witness.finished(cache_id)
 
 
 @final

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, final
 
 import torch
 
-from veiltune.errors import IntegrityError
+from veiltune.config import Config
+from veiltune.errors import ConfigError
 from veiltune.secrets import MasterSecret, Secret
 
 
@@ -71,23 +72,6 @@ class Sampler(Secret):
         return {"checks": self.made, "check_seconds": self.seconds}
 
 
-def require_right(what: str, excess: float) -> None:
-    """End the session if an answer is wrong.
-
-    Args:
-        what: which answer.
-        excess: its error, in units of what rounding can explain.
-
-    Raises:
-        IntegrityError: it is above 1.
-    """
-    if not excess <= 1:
-        raise IntegrityError(
-            f"the host's {what} is not what it was asked for: {excess:.3g} times the error that rounding allows",
-            hint="leave this host; the last checkpoint is whole (--resume), but may hold what was false before and not seen",
-        )
-
-
 def answers_to_catch(checked: float, tampered: float, confidence: float = 0.95, missed: float = 0.0) -> int:
     """n, the fewest answers after which a host that falsifies a share of them at random is caught with this probability.
 
@@ -101,3 +85,48 @@ def answers_to_catch(checked: float, tampered: float, confidence: float = 0.95, 
     if not 0 < hit <= 1 or not 0 <= confidence < 1:
         raise ValueError(f"nothing is ever caught at {checked} of {tampered}, or not with probability {confidence}")
     return 1 if hit == 1 else math.ceil(math.log1p(-confidence) / math.log1p(-hit))
+
+
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "activation_dropout")
+"""Names under which models' configurations have what the host draws inside a block."""
+
+
+def refuse_foreign_optimizer(checked: str, design: str, optimizer_at: str) -> None:
+    """Refuse checks with factors that only the host knows.
+
+    Raises:
+        ConfigError: the optimiser is there.
+    """
+    if optimizer_at != "enclave":
+        raise ConfigError(
+            f"{checked} cannot check with factors that only the host knows",
+            hint=f"set {design}.optimizer_at = 'enclave'",
+        )
+
+
+def refuse_bfloat16(checked: str, config: Config) -> None:
+    """Refuse checks of what was rounded so coarsely that they would say little.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if config.dtype == "bfloat16":
+        raise ConfigError(
+            f"{checked}: the rounding of dtype = 'bfloat16' hides changes of several percent, so a check would say little",
+            hint="set dtype = 'float32' or 'float64'",
+        )
+
+
+def refuse_dropout(checked: str, config: Config, model_config: Any, names: Iterable[str]) -> None:
+    """Refuse checks of what the host draws, of LoRA or under these names of the model's configuration.
+
+    Raises:
+        ConfigError: it draws something.
+    """
+    found = {"lora.dropout": config.lora.dropout}
+    found |= {f"{name} of the model": float(getattr(model_config, name, None) or 0) for name in names}
+    for what, probability in found.items():
+        if 0 < probability < 1:
+            raise ConfigError(
+                f"{checked} cannot foretell what the host drops: {what} = {probability}", hint="set it to 0"
+            )
