@@ -14,8 +14,11 @@ from veiltune.study_records import AttackCell, RunCell, read_study
 FEW: dict[str, Any] = {"train": {"steps": 2, "batch_size": 4}, "evaluate": {"limit": 4}}
 
 
-def _quickly(file: StudyFile) -> StudyFile:
-    """`online` alone, one value of what is swept, two steps and four items of it."""
+def shipped(name: str, *, quick: bool) -> StudyFile:
+    """A study that comes with the package; quickly: `online` alone, one value of what is swept, two steps and four items."""
+    file = read_study_file(name)
+    if not quick:
+        return file
     tables = file.tables.model_copy(update=FEW)
     one = [each for each in file.designs if each.design == "online"]
     return StudyFile(
@@ -29,13 +32,12 @@ def _quickly(file: StudyFile) -> StudyFile:
     )
 
 
-def measured(name: str, study_name: str, *, quick: bool) -> Path:
-    """The records of a shipped study for benchmark ``name``, once whatever cells were missing are measured.
+def measured(name: str, file: StudyFile) -> Path:
+    """The records of a study for benchmark ``name``, once whatever cells were missing are measured.
 
     They lie under ``benchmarks/.cells/NAME``, with the comparison's own report.
     """
-    file = read_study_file(study_name)
-    study = plan_study(_quickly(file) if quick else file)
+    study = plan_study(file)
     directory = CELLS / name / study.name
     with open_output(directory, study, overwrite=False):
         run_study(study, directory)

@@ -11,12 +11,12 @@ two steps.
 from __future__ import annotations
 
 from benchmarks._record import Row, run
-from benchmarks._studies import attack_rows, measured
+from benchmarks._studies import attack_rows, measured, shipped
 
 
 def measure(quick: bool) -> list[Row]:
     """Whatever cells of the study are not measured yet, and the rows of all its attacks."""
-    return attack_rows(measured("attacks", "small", quick=quick))
+    return attack_rows(measured("attacks", shipped("small", quick=quick)))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ of positions, two steps.
 from __future__ import annotations
 
 from benchmarks._record import Row, run
-from benchmarks._studies import attack_rows, measured, run_rows
+from benchmarks._studies import attack_rows, measured, run_rows, shipped
 
 
 def measure(quick: bool) -> list[Row]:
     """Whatever cells of the study are not measured yet; the rows of its runs, then of its attacks."""
-    records = measured("defences", "positions", quick=quick)
+    records = measured("defences", shipped("positions", quick=quick))
     return [*run_rows(records), *attack_rows(records)]
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks._cells import CELLS
 from benchmarks._record import Row, run
-from benchmarks.attacks import FEW, rows_of
-from veiltune.evaluation.studies import RECORDS, StudyFile, open_output, plan_study, read_study_file, run_study
+from benchmarks._studies import FEW, attack_rows, measured
+from veiltune.evaluation.studies import StudyFile, read_study_file
 from veiltune.evaluation.studies.grammar import DesignEntry
 from veiltune.results import Measurement
 from veiltune.study_records import read_study, runs_of
@@ -51,12 +50,12 @@ def _knobs_rows(records: Path) -> list[Row]:
     """Attack rows, each with the accuracy of its run and the values of what is swept."""
     runs = {(each.design, each.setting): each for each in runs_of(read_study(records))}
     rows: list[Row] = []
-    for row in rows_of(records):
+    for row in attack_rows(records):
         setting = row["setting"].partition(";")[0]
         made = runs[row["design"], setting]
         swept = {name: made.options.get(key.partition(".")[2]) for key, name in KNOBS.items()}
-        measured: Mapping[str, Measurement] = {} if made.result is None else made.result.utility
-        own = (each.model_dump() for name, each in measured.items() if name.startswith(f"{row['task']}/"))
+        utility: Mapping[str, Measurement] = {} if made.result is None else made.result.utility
+        own = (each.model_dump() for name, each in utility.items() if name.startswith(f"{row['task']}/"))
         rows.append(
             {**row, **{name: value for name, value in swept.items() if value is not None}, "accuracy": next(own, None)}
         )
@@ -65,11 +64,7 @@ def _knobs_rows(records: Path) -> list[Row]:
 
 def measure(quick: bool) -> list[Row]:
     """Whatever cells are not measured yet, and the rows of all."""
-    study = plan_study(_narrowed(read_study_file(STUDY), quick=quick))
-    directory = CELLS / "knobs" / study.name
-    with open_output(directory, study, overwrite=False):
-        run_study(study, directory)
-    return _knobs_rows(directory / RECORDS)
+    return _knobs_rows(measured("knobs", _narrowed(read_study_file(STUDY), quick=quick)))
 
 
 if __name__ == "__main__":
