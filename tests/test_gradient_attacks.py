@@ -17,7 +17,7 @@ import helpers
 from helpers import make_config
 from recording import attacked, write_letters
 from veiltune.attacks.gradients import Step, attention_inputs, basis_of, plain_step, residuals
-from veiltune.attacks.lamp import Lamp, _Target, _Texts
+from veiltune.attacks.lamp import Lamp, _cosines, _Target, _Texts
 from veiltune.attacks.span import SpanSearch
 from veiltune.errors import DataError, UserError
 from veiltune.evaluation import RESULT, result_of
@@ -154,6 +154,18 @@ def test_a_first_step_shows_nothing_in_lora_a() -> None:
     names = [f"{linear.path}.lora_A" for linear in attention_inputs(search.family, model.config, 0)]
     step = Step({name: torch.zeros(4, 128) for name in names}, {}, [5], [0])
     assert search.sequences(step) == [[SpanSearch.end_of(model.config)] * 5]
+
+
+def test_cosines_of_products_are_those_of_the_matrices() -> None:
+    """The slow twin forms each text's matrix."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn((3, 6, 9), generator=generator), torch.randn((3, 6, 7), generator=generator)
+    wanted = torch.randn((9, 7), generator=generator)
+    formed = (left.mT @ right).flatten(1)
+    slow = torch.nn.functional.cosine_similarity(formed, wanted.flatten()[None], dim=1)
+    assert torch.allclose(_cosines(left, right, wanted), slow, atol=1e-6)
+    assert float(_cosines(left, right, left[0].T @ right[0])[0]) == pytest.approx(1.0, abs=1e-6)
+    assert _cosines(0 * left, right, wanted).tolist() == [0.0, 0.0, 0.0]
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +24,7 @@ from torch.nn import functional
 from veiltune.attacks.adapting import ridged
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads, setting
 from veiltune.attacks.passes import Agreement, agreement_of, joined, smashed_states
+from veiltune.attacks.remembered import learnt
 from veiltune.attacks.shadow import Shadows, Tuning
 from veiltune.attacks.view import View
 from veiltune.study_terms import Knows
@@ -56,12 +58,22 @@ class _Teacher:
         self._rng = rng
         ordered = sorted((list(text) for text in texts), key=len)
         self._groups = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
+        self._is_fixed = shadows.count == 1 and not agreed.wire.stochastic
+        self._kept: dict[int, _Lesson] = {}
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def lesson(self, number: int) -> _Lesson:
-        """Texts of like length, by one of the bottoms."""
+        """Texts of like length, by one of the bottoms. Where nothing is drawn, a lesson is made once."""
+        if number in self._kept:
+            return self._kept[number]
+        lesson = self._made(number)
+        if self._is_fixed:
+            self._kept[number] = lesson
+        return lesson
+
+    def _made(self, number: int) -> _Lesson:
         texts = [torch.tensor(text) for text in self._groups[number]]
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
         lengths = torch.tensor([len(text) for text in texts])
@@ -158,18 +170,35 @@ class LearnedInverter(Attack):
     def scores(self, view: View, auxiliary: Auxiliary, rng: torch.Generator) -> list[Float[Tensor, "_ v"]]:
         """Train, then score every token of the vocabulary at each position of the view's sequences."""
         agreed, model, corpus = agreement_of(view), auxiliary.take("base_weights"), auxiliary.take("corpus")
+        settings = [getattr(self, each.name) for each in fields(LearnedInverter)]
+        learner = partial(self._learnt, model, agreed, corpus, rng)
+        weights = learnt(["inverter", *settings, agreed], model, corpus, rng, learner)
+        sequences = joined(smashed_states(view))
+        decoder = self._decoder(model, sequences[0].shape[-1])
+        decoder.load_state_dict(weights)
+        decoder.eval()
+        with torch.no_grad():
+            every = torch.arange(decoder.vocab_size)
+            return [decoder(each[None], every)[0] for each in sequences]
+
+    def _decoder(self, model: Any, channels: int) -> _Decoder:
+        table = model.get_input_embeddings().weight.detach().float()
+        return _Decoder(channels + 1, self.width, self.layers, table)
+
+    def _learnt(
+        self, model: Any, agreed: Agreement, corpus: Sequence[Sequence[int]], rng: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A trained decoder's state: all but the table, which is public."""
         tuning = Tuning(self.shadow_steps, self.shadow_alpha, self.shadow_rank, self.shadow_learning_rate)
         shadows = Shadows(model, agreed, tuning, corpus, rng)
-        table = model.get_input_embeddings().weight.detach().float()
-        teacher = _Teacher(shadows, agreed, [*corpus, *_random_texts(corpus, len(table), rng)], rng)
+        vocabulary = len(model.get_input_embeddings().weight)
+        teacher = _Teacher(shadows, agreed, [*corpus, *_random_texts(corpus, vocabulary, rng)], rng)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=rng)))
-            decoder = _Decoder(teacher.lesson(0).states.shape[-1] + 1, self.width, self.layers, table)
+            decoder = self._decoder(model, teacher.lesson(0).states.shape[-1])
             decoder.prepare(teacher)
             self._train(decoder, teacher)
-        with torch.no_grad():
-            every = torch.arange(len(table))
-            return [decoder(each[None], every)[0] for each in joined(smashed_states(view))]
+        return decoder.state_dict()
 
     def _train(self, decoder: _Decoder, teacher: _Teacher) -> None:
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=self.learning_rate, weight_decay=0.01)
@@ -181,8 +210,8 @@ class LearnedInverter(Attack):
                 lesson = teacher.lesson(number)
                 ids = lesson.ids[lesson.present]
                 classes = _classes(ids, decoder.vocab_size)
-                logits = decoder(lesson.states, classes, ~lesson.present)[lesson.present]
-                loss = functional.cross_entropy(logits, torch.searchsorted(classes, ids))
+                pointed = decoder.pointed(lesson.states, ~lesson.present)[lesson.present]
+                loss = functional.cross_entropy(decoder.scored(pointed, classes), torch.searchsorted(classes, ids))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -209,7 +238,7 @@ class _Decoder(nn.Module):
     def __init__(self, inputs: int, width: int, layers: int, table: Float[Tensor, "v d"]) -> None:
         super().__init__()
         self.vocab_size = len(table)
-        self.register_buffer("table", functional.normalize(table - table.mean(0), dim=-1))
+        self.register_buffer("table", functional.normalize(table - table.mean(0), dim=-1), persistent=False)
         self.register_buffer("centre", torch.zeros(inputs))
         self.register_buffer("spread", torch.ones(inputs))
         self.linear = nn.Linear(inputs, table.shape[1])
@@ -239,13 +268,18 @@ class _Decoder(nn.Module):
     def _standardised(self, rows: Tensor) -> Tensor:
         return (rows - self.get_buffer("centre")) / self.get_buffer("spread")
 
-    def forward(
-        self, states: Float[Tensor, "n seq k"], classes: Int[Tensor, " c"], padding: Tensor | None = None
-    ) -> Float[Tensor, "n seq c"]:
+    def forward(self, states: Float[Tensor, "n seq k"], classes: Int[Tensor, " c"]) -> Float[Tensor, "n seq c"]:
         """Scores of the tokens ``classes``."""
+        return self.scored(self.pointed(states), classes)
+
+    def pointed(self, states: Float[Tensor, "n seq k"], padding: Tensor | None = None) -> Float[Tensor, "n seq d"]:
+        """Where in the space of embeddings each state's token is taken to be; of length 1."""
         rows = self._standardised(_scaled(states))
         hidden = self.enter(rows)
         for block in self.blocks:
             hidden = block(hidden, src_key_padding_mask=padding)
-        pointed = functional.normalize(self.linear(rows) + self.leave(hidden), dim=-1)
+        return functional.normalize(self.linear(rows) + self.leave(hidden), dim=-1)
+
+    def scored(self, pointed: Float[Tensor, "*batch d"], classes: Int[Tensor, " c"]) -> Float[Tensor, "*batch c"]:
+        """How near each of the tokens ``classes`` is to that."""
         return self.sharpness.exp() * pointed @ self.get_buffer("table")[classes].T
