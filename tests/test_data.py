@@ -230,15 +230,6 @@ def test_loss_is_on_the_assistants_turns_only() -> None:
     assert BYTES.decode(example.input_ids) == text  # what follows the last assistant turn teaches nothing
 
 
-@pytest.mark.parametrize(
-    "example", [PromptCompletion("Say: ", "yes"), Conversation(CHAT_PAIRS), PlainText("Say: yes")], ids=["p", "c", "t"]
-)
-def test_loss_on_all_labels_every_token(example: Any) -> None:
-    whole, answers = tokenize(example, BYTES, 1000, loss="all"), tokenize(example, BYTES, 1000)
-    assert whole.labels == whole.input_ids == answers.input_ids
-    assert (answers.labels == answers.input_ids) == isinstance(example, PlainText)
-
-
 def test_what_the_template_writes_after_the_end_token_bears_no_loss() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (

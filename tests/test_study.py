@@ -34,7 +34,6 @@ from veiltune.evaluation.studies import (
     shipped_studies,
 )
 from veiltune.evaluation.studies.output import EARLIER
-from veiltune.fingerprints import without_newer
 from veiltune.study_records import AttackCell, AttackFigure, RunCell, TextSample, append_record, read_study
 
 LABELS = ["online (int8)", "obfuscatune (defaults)"]
@@ -746,13 +745,3 @@ def test_a_cell_without_a_record_has_a_row_that_says_so(tmp_path: Path) -> None:
     assert len(others) == count // 2 - 1
     assert rows_of(study, {plan.cell: withheld})[0]["withheld"] == "a control failed"
     assert all("value" not in row for row in rows_of(study, {plan.cell: withheld}))
-
-
-def test_options_that_came_later_leave_what_was_measured_where_it_was(tmp_path: Path) -> None:
-    """The digest of a cell is that of before there was such an option, as long as it says what always held."""
-    config = planned(tmp_path).runs[0].config
-    assert config.data.loss == "answers"
-    assert "loss" not in without_newer(config.model_dump(mode="json"))["data"]
-    before = planned(tmp_path).cells
-    assert planned(tmp_path, data={"max_length": 64, "loss": "answers"}).cells == before
-    assert not set(planned(tmp_path, data={"max_length": 64, "loss": "all"}).cells) & set(before)

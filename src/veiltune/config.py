@@ -52,9 +52,6 @@ class DataConfig(Section):
     limit: int | None = Field(default=None, ge=1, description="use at most this many examples")
     max_length: int = Field(default=512, ge=2, description="tokens an example may have")
     too_long: Literal["error", "truncate"] = "error"
-    loss: Literal["answers", "all"] = Field(
-        default="answers", description="on completions and assistants' turns, or on prompts and all turns as well"
-    )
 
 
 class LoraConfig(Section):

@@ -67,9 +67,7 @@ def load_tokenized(source: str, config: Config, tokenizer: Any, *, split: str) -
     """
     data = config.data
     examples = load_examples(source, split=split, limit=data.limit, seed=config.seed)
-    return [
-        tokenize(example, tokenizer, data.max_length, too_long=data.too_long, loss=data.loss) for example in examples
-    ]
+    return [tokenize(example, tokenizer, data.max_length, too_long=data.too_long) for example in examples]
 
 
 def load_examples(

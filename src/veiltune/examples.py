@@ -17,7 +17,6 @@ IGNORED = -100
 """Label of a token without loss."""
 
 TooLong = Literal["error", "truncate"]
-LossOn = Literal["answers", "all"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,8 @@ class TokenizedExample:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-def tokenize(
-    example: Example, tokenizer: Any, max_length: int, *, too_long: TooLong = "error", loss: LossOn = "answers"
-) -> TokenizedExample:
+def tokenize(example: Example, tokenizer: Any, max_length: int, *, too_long: TooLong = "error") -> TokenizedExample:
     """Token ids and labels of an example, at most ``max_length`` tokens.
-
-    With ``loss="all"`` every token is labelled, those of prompts and of all turns too, as in plain text.
 
     With ``too_long="truncate"`` a prompt loses its beginning (so that the completion stays, as lm-evaluation-harness
     does) and then, if need be, the completion its end; conversations and texts lose their end.
@@ -92,7 +87,6 @@ def tokenize(
         ids, labels = _encode_conversation(example, tokenizer)
         ids = _fit_end(ids, max_length, too_long, example.origin)
         labels = labels[: len(ids)]
-    labels = ids if loss == "all" else labels
     result = TokenizedExample(tuple(ids), tuple(labels))
     if result.num_target_tokens == 0:
         raise DataError(

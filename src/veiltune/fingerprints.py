@@ -35,8 +35,6 @@ _AGREED_IN_TABLES: Final[Mapping[str, tuple[str, ...]]] = {
     "adapter": ("to",),
     "enclave": ("allow_simulated",),
 }
-NEWER: Final[Mapping[str, Mapping[str, Any]]] = {"data": {"loss": "answers"}}
-"""By table, options that older configurations lack, with the value that stood for them."""
 _NOT_OF_THE_RUN: Final = frozenset({"output", "provider", "session", "device", "identity"})
 
 
@@ -57,17 +55,7 @@ def run_fingerprint(values: Mapping[str, Any]) -> str:
     kept["enclave"] = {name: values["enclave"][name] for name in _AGREED_IN_TABLES["enclave"]}
     if not kept["peers"]:  # a run without keys keeps the fingerprint it had before there were any
         del kept["peers"]
-    return _digest(without_newer(kept))
-
-
-def without_newer(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the options that came later and say what always held: it keeps the digest that it had."""
-    return {name: _without_newer(name, value) for name, value in values.items()}
-
-
-def _without_newer(table: str, value: Any) -> Any:
-    newer = NEWER.get(table, {})
-    return {key: held for key, held in value.items() if newer.get(key, ...) != held} if newer else value
+    return _digest(kept)
 
 
 def _without_own(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ HEADS = 4
 RIDGE = 1e-3
 RANDOM_SHARE = 0.25
 """Of what the learned inverter is fitted to, texts of random tokens: rare ones stand in no corpus."""
-NEGATIVES = 4096
+NEGATIVES = 2048
 """Random tokens that the right one is told from, beside those of the batch."""
 
 

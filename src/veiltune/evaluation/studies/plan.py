@@ -23,7 +23,6 @@ from veiltune.evaluation.attacking import require_fit
 from veiltune.evaluation.inputs import check_inputs
 from veiltune.evaluation.studies.grammar import AttackEntry, DesignEntry, StudyFile, TaskEntry, flat
 from veiltune.evaluation.truth import Moment
-from veiltune.fingerprints import without_newer
 from veiltune.models.cache import cache_key, cache_root, file_sha256
 from veiltune.models.cut import Cut
 from veiltune.models.packages import find_package
@@ -224,7 +223,7 @@ def _run(
 
 
 def _decisive(config: Config) -> dict[str, Any]:
-    return without_newer(config.model_dump(mode="json", exclude=_OUTCOME_FREE))
+    return config.model_dump(mode="json", exclude=_OUTCOME_FREE)
 
 
 def _content(source: str) -> str | None:
