@@ -56,7 +56,7 @@ def _say(event: str, fields: dict[str, Any]) -> None:
     """A line on stderr for each cell that ended."""
     if event == "cell_ended":
         told = f"{time.strftime('%H:%M:%S')} {fields['title']}: {fields['status']}, {fields['seconds']:.0f} s"
-        _console.print(told, highlight=False, markup=False)
+        _console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _quickly(file: StudyFile) -> StudyFile:
