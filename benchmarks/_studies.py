@@ -1,16 +1,36 @@
-"""Benchmarks that are studies (`veiltune compare`): their cells are measured once, their records become rows."""
+"""Benchmarks that are studies (`veiltune compare`): their cells are measured once, their records become rows.
+
+Stopped with Ctrl-C, such a benchmark writes what was measured until then; a cell that was not has a row that says so. The next
+call measures the rest.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
+
+from rich.console import Console
 
 from benchmarks._cells import CELLS
 from benchmarks._record import Row
-from veiltune.evaluation.studies import RECORDS, StudyFile, open_output, plan_study, read_study_file, run_study
+from veiltune.evaluation.studies import (
+    RECORDS,
+    AttackPlan,
+    RunPlan,
+    Study,
+    StudyFile,
+    open_output,
+    plan_study,
+    read_study_file,
+    run_study,
+)
 from veiltune.report import write_study_report
 from veiltune.study_records import AttackCell, RunCell, read_study
 
+_console = Console(stderr=True)
 FEW: dict[str, Any] = {"train": {"steps": 2, "batch_size": 4}, "evaluate": {"limit": 4}}
 
 
@@ -32,41 +52,64 @@ def shipped(name: str, *, quick: bool) -> StudyFile:
     )
 
 
-def measured(name: str, file: StudyFile) -> Path:
-    """The records of a study for benchmark ``name``, once whatever cells were missing are measured.
+@dataclass(frozen=True)
+class Measured:
+    """A study, and the records of its cells by their digests; one that was not measured has none."""
+
+    study: Study
+    records: dict[str, RunCell | AttackCell]
+
+
+def measured(name: str, file: StudyFile) -> Measured:
+    """A study for benchmark ``name``, once whatever cells were missing are measured.
 
     They lie under ``benchmarks/.cells/NAME``, with the comparison's own report.
     """
     study = plan_study(file)
     directory = CELLS / name / study.name
     with open_output(directory, study, overwrite=False):
-        run_study(study, directory)
-        write_study_report(read_study(directory / RECORDS), directory, title=study.title)
-    return directory / RECORDS
+        with suppress(KeyboardInterrupt):  # what was recorded stays, and is what there is to write
+            run_study(study, directory, on_event=_say)
+        records = read_study(directory / RECORDS)
+        write_study_report(records, directory, title=study.title)
+    return Measured(study, {record.cell: record for record in records})
 
 
-def attack_rows(records: Path) -> list[Row]:
+def _say(event: str, fields: dict[str, Any]) -> None:
+    """A line on stderr for each cell that ended."""
+    if event == "cell_ended":
+        told = f"{time.strftime('%H:%M:%S')} {fields['title']}: {fields['status']}, {fields['seconds']:.0f} s"
+        _console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+def attack_rows(found: Measured) -> list[Row]:
     """A row a figure, in the study's order; one that says why for an attack without figures."""
-    rows: list[Row] = []
-    for record in read_study(records):
-        if not isinstance(record, AttackCell):
-            continue
-        setting = "; ".join(part for part in (record.setting, record.attack_setting, f"{record.moment} texts") if part)
-        heading = {name: getattr(record, name) for name in ("attack", "observer", "design", "model", "task")}
-        heading |= {"setting": setting, "measured_at": record.measured_at[:10]}
-        heading |= {name: value for name in ("knows", "phase") if (value := getattr(record, name)) is not None}
-        if record.nothing is not None:
-            rows.append({**heading, "nothing": record.nothing.model_dump()})
-        if record.status != "ok":
-            rows.append({**heading, record.status: record.error})
-        rows += [{**heading, "metric": name, **figure.model_dump()} for name, figure in record.figures.items()]
-    return rows
+    return [row for run in found.study.runs for plan in run.attacks for row in _rows(run, plan, found.records)]
 
 
-def run_rows(records: Path) -> list[Row]:
+def _rows(run: RunPlan, plan: AttackPlan, records: dict[str, RunCell | AttackCell]) -> Iterator[Row]:
+    record, of_run = records.get(plan.cell), records.get(run.cell)
+    attack = plan.attack
+    row: Row = {"attack": attack.name, "observer": attack.observer, "design": run.config.design}
+    row |= {"model": run.config.model, "task": run.task}
+    row["setting"] = "; ".join(part for part in (run.setting, attack.setting, f"{plan.moment} texts") if part)
+    told = {"measured_at": record.measured_at[:10]} if record else {}
+    told |= {"knows": attack.knows} | ({"phase": plan.phase} if plan.phase else {})
+    row |= told
+    if not isinstance(record, AttackCell):
+        yield {**row, "missing": f"its run failed: {of_run.error}" if of_run and of_run.error else "not measured"}
+        return
+    if record.nothing is not None:
+        yield {**row, "nothing": record.nothing.model_dump()}
+    if record.status != "ok":
+        yield {**row, record.status: record.error}
+    yield from ({**row, "metric": name, **figure.model_dump()} for name, figure in record.figures.items())
+
+
+def run_rows(found: Measured) -> list[Row]:
     """A row a run and metric of its task: accuracy, and the bytes and seconds of a training step."""
     rows: list[Row] = []
-    for record in read_study(records):
+    for record in found.records.values():
         if not isinstance(record, RunCell):
             continue
         heading = {name: getattr(record, name) for name in ("design", "setting", "model", "task")}

@@ -24,8 +24,20 @@ NOTHING_MEASURED = (
     "*No attack has been measured in a committed benchmark yet. Until one is, nothing on this page says that any design hides a "
     "text or a weight from whoever receives its messages.*"
 )
-HEADLINES = ("rougeL", "token_recovery", "weight_cosine", "state_cosine")
+HEADLINES = (
+    "rougeL",
+    "token_recovery",
+    "label_recovery",
+    "unit_accuracy",
+    "basis_correlation",
+    "agreement",
+    "weight_cosine",
+    "state_cosine",
+)
 """Metrics that are shown, where a row has them: of an attack the first."""
+RESULTS_OF_ATTACKS = ("attacks", "strong_attacks")
+WITHOUT_FIGURES = ("withheld", "failed", "missing")
+"""Keys of a row that says why an attack has no figures."""
 
 
 def exact(rows_of: Rows, markdown: Markdown) -> str:
@@ -77,7 +89,7 @@ Who = tuple[str, str, str, Phase | None, Knows | None]
 
 def attacks(rows_of: Rows, markdown: Markdown) -> str:
     """What attacks got, with both controls; a sentence where nothing was measured."""
-    rows = rows_of("attacks")
+    rows = _all_rows(rows_of)
     if not rows:
         return NOTHING_MEASURED
     lines: list[list[str]] = []
@@ -85,8 +97,9 @@ def attacks(rows_of: Rows, markdown: Markdown) -> str:
         _, _, _, phase, knows = _who(row)
         names = [f"`{row.get('design', '–')}`", str(row.get("setting", "–")), str(row.get("observer", "–"))]
         heading = [*names, told_phase(phase) or "–", told_knows(knows), row["attack"]]
-        if "withheld" in row or "nothing" in row:
-            told = ["withheld", row["withheld"]] if "withheld" in row else ["recorded passes", _counted(row)]
+        reason = next((key for key in WITHOUT_FIGURES if key in row), None)
+        if reason or "nothing" in row:
+            told = [reason, row[reason]] if reason else ["recorded passes", _counted(row)]
             lines.append([*heading, *told, "–", "–"])
             continue
         ends = row["ci95"]
@@ -102,7 +115,9 @@ def leaks(rows_of: Rows, markdown: Markdown) -> str:
 
     An attacker is an observer, the texts it is after, and what it knows: figures of two are never put together.
     """
-    texts = [row for row in rows_of("attacks") if row.get("metric") == "rougeL" or {"nothing", "withheld"} & set(row)]
+    reasons = {"nothing", *WITHOUT_FIGURES}
+    told = [row for row in _all_rows(rows_of) if row.get("metric") == "rougeL" or reasons & set(row)]
+    texts = [row for row in told if "metric" in row or _who(row)[3] is not None]
     if not texts:
         return NOTHING_MEASURED
     lines: list[list[str]] = []
@@ -119,6 +134,11 @@ def leaks(rows_of: Rows, markdown: Markdown) -> str:
         lines += [[*_told(who), *_strongest(groups[who])] for who in ordered]
     head = ["design", "setting", "observer", "after", "knows besides", "strongest attack", "ROUGE-L (95%)"]
     return markdown([*head, "leaky", "shuffled"], lines)
+
+
+def _all_rows(rows_of: Rows) -> list[Row]:
+    """Of every benchmark of attacks."""
+    return [row for name in RESULTS_OF_ATTACKS for row in rows_of(name)]
 
 
 def _who(row: Row) -> Who:
@@ -142,11 +162,11 @@ def _strongest(rows: list[Row]) -> list[str]:
     measured = [row for row in rows if "value" in row]
     if not measured:
         counted = [_counted(row) for row in rows if "nothing" in row]
-        return (
-            ["–", counted[0], "–", "–"]
-            if counted
-            else [f"`{rows[0]['attack']}`", "withheld: a control failed", "–", "–"]
-        )
+        if counted:
+            return ["–", counted[0], "–", "–"]
+        why = {"withheld": "withheld: a control failed", "failed": "the attack failed", "missing": "not measured"}
+        told = next(why[key] for key in WITHOUT_FIGURES for row in rows if key in row)
+        return [f"`{rows[0]['attack']}`", told, "–", "–"]
     worst = max(measured, key=lambda row: row["value"])
     interval = "" if worst["ci95"] is None else f"{worst['ci95'][0]:.2f}–{worst['ci95'][1]:.2f}, "
     told = "; ".join([f"`{worst['attack']}`", *(part.strip() for part in worst["setting"].split(";")[1:])])

@@ -14,8 +14,8 @@ from benchmarks._studies import attack_rows, measured, run_rows, shipped
 
 def measure(quick: bool) -> list[Row]:
     """Whatever cells of the study are not measured yet; the rows of its runs, then of its attacks."""
-    records = measured("defences", shipped("positions", quick=quick))
-    return [*run_rows(records), *attack_rows(records)]
+    found = measured("defences", shipped("positions", quick=quick))
+    return [*run_rows(found), *attack_rows(found)]
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ attack at one value of a knob, with the accuracy of the same setting.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from benchmarks._record import Row, run
-from benchmarks._studies import FEW, attack_rows, measured
+from benchmarks._studies import FEW, Measured, attack_rows, measured
 from veiltune.evaluation.studies import StudyFile, read_study_file
 from veiltune.evaluation.studies.grammar import DesignEntry
 from veiltune.results import Measurement
-from veiltune.study_records import read_study, runs_of
+from veiltune.study_records import runs_of
 
 STUDY = "sweeps"
 KNOBS = {
@@ -46,13 +45,15 @@ def _narrowed(file: StudyFile, *, quick: bool) -> StudyFile:
     return StudyFile(name=name, tables=tables, tasks=file.tasks, attacks=attacks, designs=tuple(designs))
 
 
-def _knobs_rows(records: Path) -> list[Row]:
+def _rows(found: Measured) -> list[Row]:
     """Attack rows, each with the accuracy of its run and the values of what is swept."""
-    runs = {(each.design, each.setting): each for each in runs_of(read_study(records))}
+    runs = {(each.design, each.setting): each for each in runs_of(found.records.values())}
     rows: list[Row] = []
-    for row in attack_rows(records):
-        setting = row["setting"].partition(";")[0]
-        made = runs[row["design"], setting]
+    for row in attack_rows(found):
+        made = runs.get((row["design"], row["setting"].partition(";")[0]))
+        if made is None:
+            rows.append(row)
+            continue
         swept = {name: made.options.get(key.partition(".")[2]) for key, name in KNOBS.items()}
         utility: Mapping[str, Measurement] = {} if made.result is None else made.result.utility
         own = (each.model_dump() for name, each in utility.items() if name.startswith(f"{row['task']}/"))
@@ -64,7 +65,7 @@ def _knobs_rows(records: Path) -> list[Row]:
 
 def measure(quick: bool) -> list[Row]:
     """Whatever cells are not measured yet, and the rows of all."""
-    return _knobs_rows(measured("knobs", _narrowed(read_study_file(STUDY), quick=quick)))
+    return _rows(measured("knobs", _narrowed(read_study_file(STUDY), quick=quick)))
 
 
 if __name__ == "__main__":

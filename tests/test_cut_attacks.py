@@ -22,9 +22,10 @@ from veiltune.attacks.adapting import Channel, fit_correction
 from veiltune.attacks.bisr import _guess
 from veiltune.attacks.cut_gradients import _least_squares
 from veiltune.attacks.fluency import Fluency
-from veiltune.attacks.inverter import _Teacher, _whole
+from veiltune.attacks.inverter import LearnedInverter, _Teacher, _whole
 from veiltune.attacks.matching import match_states
 from veiltune.attacks.passes import Agreement
+from veiltune.attacks.remembered import MOST, learnt
 from veiltune.attacks.scores import score_labels
 from veiltune.attacks.shadow import Shadows, Tuning
 from veiltune.attacks.shortlist import Shortlist
@@ -267,6 +268,28 @@ def test_each_reads_rounded_states_of_tuned_layers(attack: str, settings: dict[s
     assert ("label_recovery" in found) == (attack == "bisr")
 
 
+@pytest.mark.parametrize(("name", "lessons"), [("split", 1), ("online-int8", 2)])
+def test_an_inverter_is_trained_once_a_wire(
+    name: str, lessons: int, recorded: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run and its control share one where what was agreed on is the same, and bisr has the same again."""
+    trained: list[str] = []
+    train = LearnedInverter._train
+
+    def counted(self: Any, decoder: Any, teacher: Any) -> None:
+        trained.append(self.name)
+        train(self, decoder, teacher)
+
+    monkeypatch.setattr(LearnedInverter, "_train", counted)
+    settings = {"width": 68, "epochs": 3}  # of no other test, so that nothing is remembered yet
+    found = attacked(recorded(name), "learned_inverter", **settings)
+    again = attacked(recorded(name), "learned_inverter", **settings)
+    assert trained == ["learned_inverter"] * lessons
+    assert {key: each.value for key, each in found.items()} == {key: each.value for key, each in again.items()}
+    attacked(recorded(name), "bisr", steps=2, shortlist=16, **settings)
+    assert len(trained) == lessons
+
+
 # --- parts ---------------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +321,41 @@ def test_lessons_are_made_once_where_nothing_in_them_is_drawn(model: Any, monkey
         lessons = [teacher.lesson(0) for _ in range(3)]
         assert len(made) == expected
         assert torch.equal(lessons[0].states, lessons[2].states) is (expected == 1)
+
+
+def test_what_was_learnt_once_is_not_learnt_again(model: Any) -> None:
+    """Same model, text, draws and settings: one lesson, and the generator goes on as after the first."""
+    corpus = [each.tolist() for each in texts(3)]
+    made: list[float] = []
+
+    def make(generator: torch.Generator) -> Any:
+        made.append(float(torch.rand(1, generator=generator)))
+        return made[-1]
+
+    def asked(name: str = "a", seed: int = 3, corpus: Any = corpus) -> tuple[float, float]:
+        generator = rng(seed)
+        found = learnt([name], model, corpus, generator, lambda: make(generator))
+        return found, float(torch.rand(1, generator=generator))
+
+    first = asked()
+    assert asked() == first
+    assert len(made) == 1
+    for other in ({"name": "b"}, {"seed": 4}, {"corpus": corpus[:2]}):
+        asked(**other)
+    assert len(made) == 4
+    changed = model.get_input_embeddings().weight
+    with torch.no_grad():
+        was = changed[0, 0].clone()
+        changed[0, 0] += 1
+    asked()
+    with torch.no_grad():
+        changed[0, 0] = was
+    assert len(made) == 5, "another model"
+    for number in range(MOST):
+        asked(f"new {number}")
+    assert len(made) == 5 + MOST
+    assert asked() == first
+    assert len(made) == 6 + MOST, "what was not asked for longest is gone"
 
 
 def test_lessons_draw_the_wires_noise_and_candidates_do_not() -> None:

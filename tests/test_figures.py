@@ -35,7 +35,7 @@ FOUND: Row = {
 
 
 def attacks_of(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> str:
-    monkeypatch.setattr(tables, "rows_of", lambda _: rows)
+    monkeypatch.setattr(tables, "rows_of", lambda name: rows if name == "attacks" else [])
     return tables.TABLES["claims_attacks"]()
 
 
@@ -57,6 +57,31 @@ def test_a_withheld_attack_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "withheld | the leaky control failed" in made
 
 
+@pytest.mark.parametrize("reason", ["withheld", "failed", "missing"])
+def test_a_cell_without_figures_says_why_and_is_no_zero(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both benchmarks the rows stand together, and a figure beats what was not measured."""
+    heading = {key: FOUND[key] for key in ("attack", "observer", "design", "setting")}
+    empty = {**heading, "attack": "learned_inverter", "knows": "public_text", "phase": "tuning", reason: "too slow"}
+    rows = {"attacks": [FOUND | {"n": 8}], "strong_attacks": [empty]}
+    monkeypatch.setattr(tables, "rows_of", lambda name: rows.get(name, []))
+    made = tables.TABLES["claims_attacks"]()
+    assert "0.87 (0.80–0.91)" in made
+    assert f"| {reason} | too slow | – | – |" in made
+    told = [line for line in tables.TABLES["leaks"]().splitlines() if "public text" in line]
+    assert len(told) == 1
+    assert "0.00" not in told[0]
+    rows["strong_attacks"].append({**FOUND, **heading, "n": 8, "attack": "ridge_inverter", "value": 0.44})
+    told = [line for line in tables.TABLES["leaks"]().splitlines() if "public text" in line]
+    assert [("0.44" in line) for line in told] == [True]
+
+
+def test_emulators_and_weights_are_no_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"attack": "emulator_misuse", "observer": "owner", "design": "offline", "setting": "s", "withheld": "why"}
+    monkeypatch.setattr(tables, "rows_of", lambda name: [FOUND | {"n": 8}, row] if name == "attacks" else [])
+    assert "emulator_misuse" not in tables.TABLES["leaks"]()
+    assert "emulator_misuse" in tables.TABLES["claims_attacks"]()
+
+
 def test_attackers_are_told_apart_by_what_they_know_and_are_after(monkeypatch: pytest.MonkeyPatch) -> None:
     first = {**FOUND, "n": 8}
     learned = {**first, "attack": "ridge_inverter", "value": 0.44}
@@ -65,7 +90,7 @@ def test_attackers_are_told_apart_by_what_they_know_and_are_after(monkeypatch: p
     nothing = {**{key: FOUND[key] for key in ("attack", "observer", "setting")}, "design": "offline", "phase": "tuning"}
     other = {**first, "design": "offline", "setting": "other"}
     rows = [first, learned, asked, {**nothing, "nothing": counted}, other]
-    monkeypatch.setattr(tables, "rows_of", lambda _: rows)
+    monkeypatch.setattr(tables, "rows_of", lambda name: rows if name == "attacks" else [])
     lines = [line for line in tables.TABLES["leaks"]().splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[3:5] for line in lines] == [
         ["tuning texts", "nothing"],

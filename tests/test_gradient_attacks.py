@@ -16,13 +16,15 @@ from torch import Tensor
 import helpers
 from helpers import make_config
 from recording import attacked, write_letters
+from veiltune.attacks import span
 from veiltune.attacks.gradients import Step, attention_inputs, basis_of, plain_step, residuals
-from veiltune.attacks.lamp import Lamp, _Target, _Texts
+from veiltune.attacks.lamp import Lamp, _cosines, _Target, _Texts
 from veiltune.attacks.span import SpanSearch
 from veiltune.errors import DataError, UserError
 from veiltune.evaluation import RESULT, result_of
 from veiltune.evaluation.replaced import full_gradients
 from veiltune.evaluation.truth import TruePass
+from veiltune.models.bottom import Bottom
 from veiltune.models.presets import random_config
 from veiltune.models.random_weights import byte_tokenizer, write_random_weights
 from veiltune.results import write_result
@@ -82,6 +84,27 @@ def test_full_gradients_give_every_text(family: str, lengths: list[int]) -> None
     texts = texts_of(model, lengths)
     step = step_of(model, texts)
     assert SpanSearch(model, 0.1, 1024).sequences(step) == texts
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_prefixes_grow_to_what_whole_passes_give(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slow twin runs every prefix from its beginning; few rows at a time make no difference."""
+    monkeypatch.setattr(span, "ROWS", 7)
+    bottom = Bottom(wide_model(family), 1)
+    draw, grown, prefixes = (
+        torch.Generator().manual_seed(0),
+        span._Grown(bottom),
+        torch.zeros((1, 0), dtype=torch.int64),
+    )
+    for kept in (3, 4, 2):
+        tokens = torch.randint(1, 250, (3,), generator=draw)
+        longer = torch.cat([prefixes.repeat_interleave(3, 0), tokens.repeat(len(prefixes))[:, None]], dim=1)
+        with torch.no_grad():
+            fast, slow = grown.longer(tokens).flatten(0, 1), bottom.states(longer)[:, -1]
+            assert helpers.relative_error(fast, slow) < 1e-5
+            chosen = torch.randperm(len(longer), generator=draw)[:kept]
+            grown.keep(chosen // 3, tokens[chosen % 3])
+        prefixes = longer[chosen]
 
 
 def test_gradients_of_masks_and_sums_are_those_of_torch() -> None:
@@ -154,6 +177,18 @@ def test_a_first_step_shows_nothing_in_lora_a() -> None:
     names = [f"{linear.path}.lora_A" for linear in attention_inputs(search.family, model.config, 0)]
     step = Step({name: torch.zeros(4, 128) for name in names}, {}, [5], [0])
     assert search.sequences(step) == [[SpanSearch.end_of(model.config)] * 5]
+
+
+def test_cosines_of_products_are_those_of_the_matrices() -> None:
+    """The slow twin forms each text's matrix."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn((3, 6, 9), generator=generator), torch.randn((3, 6, 7), generator=generator)
+    wanted = torch.randn((9, 7), generator=generator)
+    formed = (left.mT @ right).flatten(1)
+    slow = torch.nn.functional.cosine_similarity(formed, wanted.flatten()[None], dim=1)
+    assert torch.allclose(_cosines(left, right, wanted), slow, atol=1e-6)
+    assert float(_cosines(left, right, left[0].T @ right[0])[0]) == pytest.approx(1.0, abs=1e-6)
+    assert _cosines(0 * left, right, wanted).tolist() == [0.0, 0.0, 0.0]
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ from recording import attacked, recorder
 from veiltune.attacks.codebook import _decipher, _Script, _symbols
 from veiltune.attacks.folded import BlockRows, Shape, fold_openly
 from veiltune.attacks.inside import undo_inside
+from veiltune.attacks.retraining import _Best
 from veiltune.attacks.scores import mean, score_sources, score_units
 from veiltune.attacks.separation import IndependentComponents
 from veiltune.attacks.stream import align_stream
 from veiltune.attacks.veiled import cut_states
 from veiltune.config import Config
-from veiltune.errors import UserError
+from veiltune.errors import ExactnessError, UserError
 from veiltune.evaluation.auxiliary import ancestor_of
 from veiltune.models.cut import Cut
 from veiltune.models.families import find_family
@@ -233,6 +234,16 @@ def test_retraining_says_what_the_true_model_would_only_around_a_plain_trunk(nam
     assert found["agreement"].leaky_control > 0.5 > found["agreement"].value
     floor = attacked(recorded(name), "retraining", steps=2, length=16, learning_rate=1e-4, of="random")
     assert floor["agreement"].value < 0.5
+
+
+def test_a_training_that_unlearns_is_undone(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate that spoils everything the thief keeps the beginning, which it can tell on text that it kept back."""
+    settings = {"steps": 4, "length": 16, "learning_rate": 0.5}
+    found = attacked(recorded("veil-0-tied"), "retraining", **settings)
+    assert found["agreement"].leaky_control > 0.99
+    monkeypatch.setattr(_Best, "restore", lambda _: None)
+    with pytest.raises(ExactnessError, match="leaky control of retraining failed"):
+        attacked(recorded("veil-0-tied"), "retraining", **settings)
 
 
 def test_known_states_after_a_block_need_whole_beginnings() -> None:

@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 import helpers
+from benchmarks._studies import rows_of
 from commands import Ran, outside, runner
 from cutting import deep_model
 from recording import write_letters, write_questions
@@ -33,7 +34,7 @@ from veiltune.evaluation.studies import (
     shipped_studies,
 )
 from veiltune.evaluation.studies.output import EARLIER
-from veiltune.study_records import AttackCell, RunCell, TextSample, append_record, read_study
+from veiltune.study_records import AttackCell, AttackFigure, RunCell, TextSample, append_record, read_study
 
 LABELS = ["online (int8)", "obfuscatune (defaults)"]
 
@@ -595,7 +596,7 @@ def test_versions_belong_to_the_digest(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_shipped_studies_can_be_read() -> None:
-    assert set(shipped_studies()) == {"small", "sweeps", "positions"}
+    assert set(shipped_studies()) == {"small", "strong", "sweeps", "positions"}
     small = read_study_file("small")
     assert {entry.design for entry in small.designs} >= {
         "local",
@@ -614,7 +615,7 @@ def test_the_shipped_studies_can_be_read() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["small", "sweeps"])
+@pytest.mark.parametrize("name", ["small", "strong", "sweeps"])
 def test_the_shipped_studies_can_be_planned(name: str) -> None:
     study = plan_study(read_study_file(name))
     attacked = {run.config.design for run in study.runs if run.attacks}
@@ -728,3 +729,28 @@ def test_the_help_names_the_shipped_studies(capsys: pytest.CaptureFixture[str]) 
         build_parser(dict.fromkeys(VERBS, lambda _: 0)).parse_args(["compare", "--help"])
     said = capsys.readouterr().out
     assert all(name in said for name in shipped_studies())
+
+
+# --- benchmarks that are a study --------------------------------------------------------------------------------------
+
+
+def test_a_cell_without_a_record_has_a_row_that_says_so(tmp_path: Path) -> None:
+    study = planned(tmp_path)
+    count = sum(len(run.attacks) for run in study.runs)
+    rows = rows_of(study, {})
+    assert [row["missing"] for row in rows] == ["not measured"] * count
+    run = study.runs[0]
+    plan, *others = run.attacks
+    heading: dict[str, Any] = {"seed": 0, "measured_at": "2026-01-02T00:00:00", "seconds": 1.0}
+    heading |= {"design": run.config.design, "setting": run.setting, "model": run.config.model, "task": run.task}
+    failed = RunCell(**heading, cell=run.cell, status="failed", error="no room")
+    figure = AttackFigure(value=0.5, n=2, ci95=None, leaky_control=1.0, shuffled_control=0.0)
+    named: dict[str, Any] = {"run": run.cell, "attack": plan.attack.name, "moment": plan.moment, "observer": "provider"}
+    found = AttackCell(**heading, **named, cell=plan.cell, status="ok", figures={"rougeL": figure})
+    withheld = found.model_copy(update={"status": "withheld", "error": "a control failed", "figures": {}})
+    first, second, *_ = rows_of(study, {run.cell: failed, plan.cell: found})
+    assert (first["metric"], first["value"], first["measured_at"]) == ("rougeL", 0.5, "2026-01-02")
+    assert second["missing"] == "its run failed: no room"
+    assert len(others) == count // 2 - 1
+    assert rows_of(study, {plan.cell: withheld})[0]["withheld"] == "a control failed"
+    assert all("value" not in row for row in rows_of(study, {plan.cell: withheld}))

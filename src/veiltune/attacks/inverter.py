@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +28,7 @@ from torch.nn import functional
 from veiltune.attacks.adapting import ridged
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads, setting
 from veiltune.attacks.passes import Agreement, agreement_of, has_gaps, joined, places_in, smashed_states, spread
+from veiltune.attacks.remembered import learnt
 from veiltune.attacks.shadow import Shadows, Tuning
 from veiltune.attacks.view import View
 from veiltune.study_terms import Knows
@@ -36,7 +38,7 @@ HEADS = 4
 RIDGE = 1e-3
 RANDOM_SHARE = 0.25
 """Of what the learned inverter is fitted to, texts of random tokens: rare ones stand in no corpus."""
-NEGATIVES = 4096
+NEGATIVES = 2048
 """Random tokens that the right one is told from, beside those of the batch."""
 
 
@@ -62,9 +64,16 @@ def _whole(texts: Sequence[Sequence[int]]) -> list[_Text]:
     return [_Text(text, len(text)) for text in texts]
 
 
-def _shaped(texts: Sequence[Sequence[int]], places: Sequence[Int[Tensor, " _"]], rng: torch.Generator) -> list[_Text]:
+Shapes = tuple[tuple[int, int], ...]
+"""Of each text its length, and how many of its last positions crossed, with its first."""
+
+
+def _shapes(places: Sequence[Int[Tensor, " _"]]) -> Shapes:
+    return tuple((int(each[-1]) + 1, len(each) - 1) for each in places)
+
+
+def _shaped(texts: Sequence[Sequence[int]], shapes: Shapes, rng: torch.Generator) -> list[_Text]:
     """Public texts cut into pieces as long as those that crossed, with as many positions sent."""
-    shapes = [(int(each[-1]) + 1, len(each) - 1) for each in places]
     found: list[_Text] = []
     for text in texts:
         start = 0
@@ -82,27 +91,29 @@ class _Teacher:
         self._shadows = shadows
         self._agreed = agreed
         self._rng = rng
-        self._kept: dict[int, _Lesson] = {}
         ordered = sorted(texts, key=lambda text: len(text.tokens))
         self._groups = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
+        self._is_fixed = shadows.count == 1 and not agreed.wire.stochastic
+        self._kept: dict[int, _Lesson] = {}
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def lesson(self, number: int) -> _Lesson:
-        """Texts of like length, by one of the bottoms."""
-        which = int(torch.randint(self._shadows.count, (1,), generator=self._rng))
-        if self._shadows.count > 1 or self._agreed.wire.stochastic:
-            return self._made(number, which)
-        if number not in self._kept:
-            self._kept[number] = self._made(number, which)
-        return self._kept[number]
+        """Texts of like length, by one of the bottoms. Where nothing is drawn, a lesson is made once."""
+        if number in self._kept:
+            return self._kept[number]
+        lesson = self._made(number)
+        if self._is_fixed:
+            self._kept[number] = lesson
+        return lesson
 
-    def _made(self, number: int, which: int) -> _Lesson:
+    def _made(self, number: int) -> _Lesson:
         texts = [torch.tensor(text.tokens) for text in self._groups[number]]
         tails = torch.tensor([text.tail for text in self._groups[number]])
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
         lengths = torch.tensor([len(text) for text in texts])
+        which = int(torch.randint(self._shadows.count, (1,), generator=self._rng))
         states = self._agreed.sent(self._shadows.states(ids, which), self._rng)
         every = torch.arange(ids.shape[1])
         present = every < lengths[:, None]
@@ -197,22 +208,37 @@ class LearnedInverter(Attack):
         """Train, then score every token of the vocabulary at each position of the view's texts, sent or not."""
         agreed, model, corpus = agreement_of(view), auxiliary.take("base_weights"), auxiliary.take("corpus")
         passes = smashed_states(view)
-        places, gaps = places_in(passes), has_gaps(places_in(passes))
+        places = places_in(passes)
+        shapes = _shapes(places) if has_gaps(places) else ()
+        settings = [getattr(self, each.name) for each in fields(LearnedInverter)]
+        learner = partial(self._learnt, model, agreed, corpus, shapes, rng)
+        weights = learnt(["inverter", *settings, agreed, shapes], model, corpus, rng, learner)
+        sequences = joined(passes)
+        decoder = self._decoder(model, sequences[0].shape[-1], gaps=bool(shapes))
+        decoder.load_state_dict(weights)
+        decoder.eval()
+        with torch.no_grad():
+            every = torch.arange(decoder.vocab_size)
+            return [decoder(*_with_gaps(*each), every)[0] for each in zip(sequences, places, strict=True)]
+
+    def _decoder(self, model: Any, channels: int, *, gaps: bool) -> _Decoder:
+        table = model.get_input_embeddings().weight.detach().float()
+        return _Decoder(channels + 1, self.width, self.layers, table, gaps=gaps)
+
+    def _learnt(
+        self, model: Any, agreed: Agreement, corpus: Sequence[Sequence[int]], shapes: Shapes, rng: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A trained decoder's state: all but the table, which is public."""
         tuning = Tuning(self.shadow_steps, self.shadow_alpha, self.shadow_rank, self.shadow_learning_rate)
         shadows = Shadows(model, agreed, tuning, corpus, rng)
-        table = model.get_input_embeddings().weight.detach().float()
-        texts = [*corpus, *_random_texts(corpus, len(table), rng)]
-        teacher = _Teacher(shadows, agreed, _shaped(texts, places, rng) if gaps else _whole(texts), rng)
+        texts = [*corpus, *_random_texts(corpus, len(model.get_input_embeddings().weight), rng)]
+        teacher = _Teacher(shadows, agreed, _shaped(texts, shapes, rng) if shapes else _whole(texts), rng)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=rng)))
-            decoder = _Decoder(teacher.lesson(0).states.shape[-1] + 1, self.width, self.layers, table, gaps=gaps)
+            decoder = self._decoder(model, teacher.lesson(0).states.shape[-1], gaps=bool(shapes))
             decoder.prepare(teacher)
             self._train(decoder, teacher)
-        with torch.no_grad():
-            every = torch.arange(len(table))
-            return [
-                decoder(*_with_gaps(seen, stand), every)[0] for seen, stand in zip(joined(passes), places, strict=True)
-            ]
+        return decoder.state_dict()
 
     def _train(self, decoder: _Decoder, teacher: _Teacher) -> None:
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=self.learning_rate, weight_decay=0.01)
@@ -224,8 +250,8 @@ class LearnedInverter(Attack):
                 lesson = teacher.lesson(number)
                 ids = lesson.ids[lesson.present]
                 classes = _classes(ids, decoder.vocab_size)
-                logits = decoder(lesson.states, lesson.sent, classes, lesson.present)[lesson.present]
-                loss = functional.cross_entropy(logits, torch.searchsorted(classes, ids))
+                pointed = decoder.pointed(lesson.states, lesson.sent, lesson.present)[lesson.present]
+                loss = functional.cross_entropy(decoder.scored(pointed, classes), torch.searchsorted(classes, ids))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -266,7 +292,7 @@ class _Decoder(nn.Module):
     def __init__(self, inputs: int, width: int, layers: int, table: Float[Tensor, "v d"], *, gaps: bool) -> None:
         super().__init__()
         self.vocab_size = len(table)
-        self.register_buffer("table", functional.normalize(table - table.mean(0), dim=-1))
+        self.register_buffer("table", functional.normalize(table - table.mean(0), dim=-1), persistent=False)
         self.register_buffer("centre", torch.zeros(inputs))
         self.register_buffer("spread", torch.ones(inputs))
         self.linear = nn.Linear(inputs, table.shape[1])
@@ -299,15 +325,23 @@ class _Decoder(nn.Module):
         return (rows - self.get_buffer("centre")) / self.get_buffer("spread")
 
     def forward(
+        self, states: Float[Tensor, "n seq k"], sent: Bool[Tensor, "n seq"], classes: Int[Tensor, " c"]
+    ) -> Float[Tensor, "n seq c"]:
+        """Scores of the tokens ``classes`` at every position."""
+        return self.scored(self.pointed(states, sent), classes)
+
+    def pointed(
         self,
         states: Float[Tensor, "n seq k"],
         sent: Bool[Tensor, "n seq"],
-        classes: Int[Tensor, " c"],
         present: Bool[Tensor, "n seq"] | None = None,
-    ) -> Float[Tensor, "n seq c"]:
-        """Scores of the tokens ``classes`` at every position; ``present``: where there is one, if not everywhere.
+    ) -> Float[Tensor, "n seq d"]:
+        """Where in the space of embeddings each position's token is taken to be; of length 1.
 
-        Without ``gaps`` every state is there, and ``sent`` tells nothing.
+        Args:
+            states: as they were sent.
+            sent: which were. Without ``gaps`` all are there, and it tells nothing.
+            present: where there is a token, if not everywhere.
         """
         rows, padding = self._standardised(_scaled(states)), None if present is None else ~present
         hidden = self.enter(rows)
@@ -319,7 +353,10 @@ class _Decoder(nn.Module):
             )
         for block in self.blocks:
             hidden = block(hidden, src_key_padding_mask=padding)
-        pointed = functional.normalize(self.linear(rows) + self.leave(hidden), dim=-1)
+        return functional.normalize(self.linear(rows) + self.leave(hidden), dim=-1)
+
+    def scored(self, pointed: Float[Tensor, "*batch d"], classes: Int[Tensor, " c"]) -> Float[Tensor, "*batch c"]:
+        """How near each of the tokens ``classes`` is to that."""
         return self.sharpness.exp() * pointed @ self.get_buffer("table")[classes].T
 
 

@@ -40,6 +40,7 @@ LENGTH_WEIGHT = 0.1
 SHARPNESS = 20.0
 """Of the labels: softmax of this times the cosine with each token's embedding."""
 MOST = 1024
+TINY = 1e-30
 AT_ONCE = 16  # discrete trials in one pass; the best of them is taken
 NEAR = 0.1
 """Residual in the first span up to which ``start = "span"`` takes a token."""
@@ -107,7 +108,8 @@ def _blocks(model: Any) -> int:
 class _Target:
     """The observed gradients, and how far those of texts are from them.
 
-    A text's gradient of a linear is taken as dYᵀ·X from what goes in and what comes back, so that one pass serves many texts.
+    A text's gradient of a linear is dYᵀ·X, of what goes in and what comes back, so that one pass serves many texts. It is never
+    formed: texts are short, and ⟨dYᵀ·X, W⟩ = ⟨dY·W, X⟩ and ‖dYᵀ·X‖² = ⟨dY·dYᵀ, X·Xᵀ⟩ need no matrix of the weight's size a text.
     """
 
     def __init__(self, model: Any, step: Step, readers: list[Linear]) -> None:
@@ -139,18 +141,30 @@ class _Target:
                 handle.remove()
         returned = torch.autograd.grad(losses.sum(), [output for _, output in seen], create_graph=twice)
         cosines = [
-            functional.cosine_similarity(self._as(path, leaf, dy.mT @ x).flatten(1), wanted.flatten()[None], dim=1)
+            _cosines(*self._sides(path, leaf, dy, x), wanted)
             for (path, values), (x, _), dy in zip(self.observed.items(), seen, returned, strict=True)
             for leaf, wanted in values.items()
         ]
         return 1 - torch.stack(cosines).mean(0), losses
 
-    def _as(self, path: str, leaf: str, gradient: Float[Tensor, "n out in"]) -> Tensor:
-        if leaf == "weight":
-            return gradient
+    def _sides(
+        self, path: str, leaf: str, dy: Float[Tensor, "n seq out"], x: Float[Tensor, "n seq in"]
+    ) -> tuple[Tensor, Tensor]:
+        """L and R whose product Lᵀ·R is the gradient of that tensor."""
         if leaf == "lora_A":
-            return self.factors[f"{path}.lora_B"].float().T @ gradient
-        return gradient @ self.factors[f"{path}.lora_A"].float().T
+            return dy @ self.factors[f"{path}.lora_B"].float(), x
+        if leaf == "lora_B":
+            return dy, x @ self.factors[f"{path}.lora_A"].float().T
+        return dy, x
+
+
+def _cosines(
+    left: Float[Tensor, "n seq a"], right: Float[Tensor, "n seq b"], wanted: Float[Tensor, "a b"]
+) -> Float[Tensor, " n"]:
+    """The cosine of each Lᵀ·R and one matrix."""
+    inner = ((left @ wanted) * right).sum((1, 2))
+    squares = ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+    return inner / (squares.clamp_min(TINY).sqrt() * wanted.norm().clamp_min(TINY))
 
 
 class _Texts:
@@ -200,7 +214,8 @@ class _Texts:
 
         def losses() -> Tensor:
             logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
-            return functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1)
+            told = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            return told.view(len(ids), -1).mean(1)
 
         distances, loss = self.target.distances(losses, twice=False)
         return (distances + self.attack.prior * loss).detach()

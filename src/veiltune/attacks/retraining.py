@@ -5,9 +5,14 @@
 `obfuscatune` norms between the linears are trained on too, and every one of the many keys is missing between them. Under `veil`
 the trunk is whole in one unknown basis, so P = R and Q = R⁻¹ would make the thief's model the true one.
 
+The thief keeps back some of its text and returns the moment of its training at which it predicted that best, the beginning
+included: P and Q have d² numbers each, and little text at a rate that could turn a basis unlearns what was right at the start.
+
 `of` = "random" is the floor: the same training around random weights of the same sizes.
 
-*Controls.* Leaky: the trunk as it is without protection, the same training. Shuffled: the thief's predictions beside other texts.
+*Controls.* Leaky: the trunk as it is without protection, the same training. There I is the solution, so it says that the thief's
+model is put together rightly and that training does no harm, not that training would find a rotation. Shuffled: the thief's
+predictions beside other texts.
 
 *Reference.* The attack is that of TEE-shielded partitions: Zhang et al., "No Privacy Left Outside" (IEEE S&P 2024).
 """
@@ -15,6 +20,7 @@ the trunk is whole in one unknown basis, so P = R and Q = R⁻¹ would make the 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -31,6 +37,11 @@ from veiltune.models.cut import Trunk, trunk_model
 from veiltune.models.rotated import rotated_model
 from veiltune.models.skeleton import assign_parameter
 from veiltune.study_terms import Knows
+
+CHECKS = 5
+"""How often, evenly over the training, the thief looks at the text that it kept back."""
+KEPT_BACK = 8
+"""Texts that it keeps back, or as many as it learns from."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +85,57 @@ class Retraining(Attack):
 
     def _train(self, thief: _Thief, corpus: Sequence[Sequence[int]], rng: torch.Generator) -> None:
         texts = [torch.tensor(list(text[: self.length])) for text in corpus if len(text) > 1]
+        count = min(KEPT_BACK, len(texts) // 2)
+        kept_back, texts = texts[:count], texts[count:]
         trained = [value for value in thief.parameters() if value.requires_grad]
+        best = _Best(trained)
+        checks = {round(self.steps * part / CHECKS) for part in range(CHECKS + 1)}
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps + 1)
-        for _ in range(self.steps):
+        for step in range(self.steps):
+            if step in checks:
+                best.look(_held_out_loss(thief, kept_back))
             chosen = torch.randint(len(texts), (self.batch,), generator=rng).tolist()
             length = min(len(texts[i]) for i in chosen)
-            ids = torch.stack([texts[i][:length] for i in chosen])
-            logits = thief(ids)[:, :-1]
-            loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            loss = _loss(thief, torch.stack([texts[i][:length] for i in chosen]))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
+        best.look(_held_out_loss(thief, kept_back))
+        best.restore()
+
+
+class _Best:
+    """The moment of a training with the least loss on text that was kept back."""
+
+    def __init__(self, trained: Sequence[nn.Parameter]) -> None:
+        self._trained = trained
+        self._loss = math.inf
+        self._values: list[Tensor] = []
+
+    def look(self, loss: float) -> None:
+        """Keep what is trained as it is now, if it is better than before."""
+        if loss < self._loss:
+            self._loss, self._values = loss, [value.detach().clone() for value in self._trained]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what was kept."""
+        for value, kept in zip(self._trained, self._values, strict=False):
+            value.copy_(kept)
+
+
+def _loss(thief: _Thief, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the next token."""
+    return functional.cross_entropy(thief(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def _held_out_loss(thief: _Thief, texts: Sequence[Int[Tensor, " seq"]]) -> float:
+    """The mean over texts; of none it is 0."""
+    return sum(float(_loss(thief, text[None])) for text in texts) / max(1, len(texts))
 
 
 def _alike(value: Tensor, rng: torch.Generator) -> Tensor:

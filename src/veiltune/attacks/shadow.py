@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from veiltune.attacks.passes import Agreement
+from veiltune.attacks.remembered import learnt
 from veiltune.config import LoraConfig
 from veiltune.models.adapters import place_factors
 from veiltune.models.bottom import Bottom
@@ -60,7 +62,7 @@ class Shadows:
         self._snapshots: list[dict[str, Tensor]] = [{}]
         if tuning.steps:
             shadow: Any = copy.deepcopy(model)
-            self._tune(shadow, agreed, tuning, corpus, rng)
+            self._become(shadow, model, agreed, tuning, corpus, rng)
             self._bottom = Bottom(shadow, agreed.bottom_layers)
 
     @property
@@ -74,9 +76,16 @@ class Shadows:
         place_factors(self._bottom.model, self._snapshots[which])
         return self._bottom.states(ids)
 
-    def _tune(
-        self, shadow: Any, agreed: Agreement, tuning: Tuning, corpus: Sequence[Sequence[int]], rng: torch.Generator
+    def _become(
+        self,
+        shadow: Any,
+        model: nn.Module,
+        agreed: Agreement,
+        tuning: Tuning,
+        corpus: Sequence[Sequence[int]],
+        rng: torch.Generator,
     ) -> None:
+        """Layers with factors in ``shadow``, a copy of ``model``, and snapshots of them."""
         family = find_family(shadow.config)
         cut = Cut.of(shadow.config, agreed.bottom_layers, agreed.top_layers)
         lora = LoraConfig(
@@ -87,19 +96,36 @@ class Shadows:
         if not factors:
             return
         own = tuple(f"{family.blocks}.{layer}." for layer in cut.bottom)
-        penalty = Decorrelation(DecorrelationOptions(alpha=tuning.alpha), seed=0)
-        optimizer = torch.optim.AdamW(factors.values(), lr=tuning.learning_rate, weight_decay=0.0)
-        kept = {round(tuning.steps * part / SNAPSHOTS) for part in range(1, SNAPSHOTS + 1)}
-        self._snapshots = [_copied(factors, own)]
-        for step in range(1, tuning.steps + 1):
-            loss = _loss(shadow, agreed, _batch(corpus, rng), penalty)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(factors.values(), MAX_NORM)
-            optimizer.step()
-            penalty.advance()
-            if step in kept:
-                self._snapshots.append(_copied(factors, own))
+        # of what was agreed on the wire plays no part: what is projected is not rounded yet
+        what = ["shadow", tuning, agreed.bottom_layers, agreed.top_layers]
+        tuned = partial(_tuned, shadow, factors, own, agreed, tuning, corpus, rng)
+        self._snapshots = learnt(what, model, corpus, rng, tuned)
+
+
+def _tuned(
+    shadow: Any,
+    factors: dict[str, nn.Parameter],
+    own: tuple[str, ...],
+    agreed: Agreement,
+    tuning: Tuning,
+    corpus: Sequence[Sequence[int]],
+    rng: torch.Generator,
+) -> list[dict[str, Tensor]]:
+    """Tune ``factors``; snapshots of those whose names begin with ``own``, from before the first step to after the last."""
+    penalty = Decorrelation(DecorrelationOptions(alpha=tuning.alpha), seed=0)
+    optimizer = torch.optim.AdamW(factors.values(), lr=tuning.learning_rate, weight_decay=0.0)
+    kept = {round(tuning.steps * part / SNAPSHOTS) for part in range(1, SNAPSHOTS + 1)}
+    snapshots = [_copied(factors, own)]
+    for step in range(1, tuning.steps + 1):
+        loss = _loss(shadow, agreed, _batch(corpus, rng), penalty)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(factors.values(), MAX_NORM)
+        optimizer.step()
+        penalty.advance()
+        if step in kept:
+            snapshots.append(_copied(factors, own))
+    return snapshots
 
 
 def _copied(factors: dict[str, nn.Parameter], prefixes: tuple[str, ...]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Which tokens may stand behind a state at the cut, by a linear map from what crossed to embeddings.
 
-The map is fitted by ridge regression to random tokens through the public bottom, so it names any token of the vocabulary. Where
-the noise on the wire was estimated, its covariance is the ridge: the same as fitting to noisy states.
+The map is fitted by ridge regression to tokens through the public bottom: half of them random, so that it names any token of
+the vocabulary, half in texts that the model writes itself, since a token in a sentence has other states than one among strangers.
+Where the noise on the wire was estimated, its covariance is the ridge: the same as fitting to noisy states.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch.nn.functional import normalize
 
 from veiltune.attacks.adapting import Channel, ridged
 from veiltune.attacks.base import EmbeddingTable
+from veiltune.attacks.fluency import written
 
 TOKENS_PER_CHANNEL = 6
 LENGTH = 32
@@ -25,7 +27,7 @@ class Shortlist:
 
     Args:
         channel: from tokens to what crosses.
-        rng: draws the tokens.
+        rng: draws the random tokens.
     """
 
     def __init__(self, channel: Channel, rng: torch.Generator) -> None:
@@ -40,7 +42,8 @@ class Shortlist:
     def _fit(self, channel: Channel, rng: torch.Generator) -> None:
         bottom = channel.bottom
         count = max(2, TOKENS_PER_CHANNEL * bottom.width // LENGTH)
-        ids = torch.randint(bottom.vocab_size, (count, LENGTH), generator=rng)
+        ids = torch.randint(bottom.vocab_size, (count - count // 2, LENGTH), generator=rng)
+        ids = torch.cat([ids, written(bottom.model, count // 2, LENGTH)])
         parts = [channel.seen(bottom.states(part), starts=True) for part in ids.split(max(1, ROWS // LENGTH))]
         states = torch.cat(parts)[:, 1:].flatten(0, 1)
         positions = torch.arange(1, LENGTH).repeat(count)

@@ -18,6 +18,7 @@ long ones the order is arbitrary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -76,7 +77,9 @@ class Dager(Attack):
     auxiliary: ClassVar[frozenset[Knowledge]] = frozenset({"base_weights", "public_ancestor"})
     knows: ClassVar[Knows] = "public_ancestor"
     phases: ClassVar[frozenset[Phase]] = frozenset({"tuning"})
-    cost: ClassVar[str] = "the vocabulary against one span, and candidates x tokens passes of one block a text; seconds"
+    cost: ClassVar[str] = (
+        "the vocabulary against one span, and candidates x tokens tokens through one block a text; seconds"
+    )
     leaky_settings: ClassVar[Mapping[str, Any]] = {"key": "none"}
 
     tolerance: float = 0.1
@@ -175,25 +178,54 @@ class SpanSearch:
     def _grown(self, tokens: list[Tensor], span: Float[Tensor, "k d"], depth: int, rows: int) -> list[list[_Prefix]]:
         """By length, the prefixes whose states are all in the second span, the best first; else the ``rows`` best."""
         levels = [[_Prefix([], 0.0)]]
+        grown = _Grown(self.bottom)
         for position in range(depth):
-            before = torch.tensor([each.tokens for each in levels[-1]], dtype=torch.int64).view(
-                len(levels[-1]), position
-            )
             count = len(tokens[position])
-            longer = torch.cat([before.repeat_interleave(count, 0), tokens[position].repeat(len(before))[:, None]], 1)
-            last = torch.cat([self._second_residuals(part, span) for part in longer.split(self._at_once(position))])
-            worst = last.maximum(torch.tensor([each.worst for each in levels[-1]]).repeat_interleave(count))
+            last = residuals(self._second_norm(grown.longer(tokens[position])), span)
+            worst = last.maximum(torch.tensor([each.worst for each in levels[-1]])[:, None]).flatten()
             inside = int((worst < self.tolerance).sum())
-            kept = worst.topk(min(max(inside, rows), WIDTH * rows, len(worst)), largest=False)
-            levels.append([_Prefix(longer[i].tolist(), float(worst[i])) for i in kept.indices])
+            kept = worst.topk(min(max(inside, rows), WIDTH * rows, len(worst)), largest=False).indices
+            parents, chosen = kept // count, tokens[position][kept % count]
+            grown.keep(parents, chosen)
+            pairs = zip(parents.tolist(), chosen.tolist(), worst[kept].tolist(), strict=True)
+            levels.append([_Prefix([*levels[-1][i].tokens, token], residual) for i, token, residual in pairs])
         return levels
 
-    @staticmethod
-    def _at_once(position: int) -> int:
-        return max(1, ROWS // (position + 1))
 
-    def _second_residuals(self, prefixes: Int[Tensor, "n seq"], span: Float[Tensor, "k d"]) -> Float[Tensor, " n"]:
-        return residuals(self._second_norm(self.bottom.states(prefixes)[:, -1]), span)
+class _Grown:
+    """Prefixes with what the first block keeps of them, so that a longer one costs one token."""
+
+    def __init__(self, bottom: Bottom) -> None:
+        from transformers import DynamicCache
+
+        self._bottom = bottom
+        self._cache: Any = DynamicCache()
+        self._length, self._rows = 0, 1
+
+    def longer(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "rows n d"]:
+        """The last state of each prefix with each token after it."""
+        at_once = max(1, ROWS // len(tokens))
+        parts = [self._after(part, tokens) for part in torch.arange(self._rows).split(at_once)]
+        return torch.cat(parts).view(self._rows, len(tokens), -1)
+
+    def keep(self, parents: Int[Tensor, " n"], tokens: Int[Tensor, " n"]) -> None:
+        """Each prefix becomes that of ``parents`` with one more token."""
+        self._select(self._cache, parents)
+        self._states(tokens, self._cache)
+        self._length, self._rows = self._length + 1, len(tokens)
+
+    def _after(self, rows: Int[Tensor, " r"], tokens: Int[Tensor, " n"]) -> Float[Tensor, "rn d"]:
+        cache = copy.deepcopy(self._cache)
+        self._select(cache, rows.repeat_interleave(len(tokens)))
+        return self._states(tokens.repeat(len(rows)), cache)
+
+    def _select(self, cache: Any, rows: Int[Tensor, " n"]) -> None:
+        if self._length:
+            cache.batch_select_indices(rows)
+
+    def _states(self, tokens: Int[Tensor, " n"], cache: Any) -> Float[Tensor, "n d"]:
+        place = torch.full((len(tokens), 1), self._length)
+        return self._bottom.states(tokens[:, None], position_ids=place, cache=cache)[:, 0]
 
 
 def _untaken(prefixes: list[_Prefix], taken: list[list[int]]) -> list[int]:
