@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 import helpers
-from benchmarks._studies import rows_of
+from benchmarks._studies import Measured, attack_rows
 from commands import Ran, outside, runner
 from cutting import deep_model
 from recording import write_letters, write_questions
@@ -737,7 +737,7 @@ def test_the_help_names_the_shipped_studies(capsys: pytest.CaptureFixture[str]) 
 def test_a_cell_without_a_record_has_a_row_that_says_so(tmp_path: Path) -> None:
     study = planned(tmp_path)
     count = sum(len(run.attacks) for run in study.runs)
-    rows = rows_of(study, {})
+    rows = attack_rows(Measured(study, {}))
     assert [row["missing"] for row in rows] == ["not measured"] * count
     run = study.runs[0]
     plan, *others = run.attacks
@@ -748,9 +748,9 @@ def test_a_cell_without_a_record_has_a_row_that_says_so(tmp_path: Path) -> None:
     named: dict[str, Any] = {"run": run.cell, "attack": plan.attack.name, "moment": plan.moment, "observer": "provider"}
     found = AttackCell(**heading, **named, cell=plan.cell, status="ok", figures={"rougeL": figure})
     withheld = found.model_copy(update={"status": "withheld", "error": "a control failed", "figures": {}})
-    first, second, *_ = rows_of(study, {run.cell: failed, plan.cell: found})
+    first, second, *_ = attack_rows(Measured(study, {run.cell: failed, plan.cell: found}))
     assert (first["metric"], first["value"], first["measured_at"]) == ("rougeL", 0.5, "2026-01-02")
     assert second["missing"] == "its run failed: no room"
     assert len(others) == count // 2 - 1
-    assert rows_of(study, {plan.cell: withheld})[0]["withheld"] == "a control failed"
-    assert all("value" not in row for row in rows_of(study, {plan.cell: withheld}))
+    assert attack_rows(Measured(study, {plan.cell: withheld}))[0]["withheld"] == "a control failed"
+    assert all("value" not in row for row in attack_rows(Measured(study, {plan.cell: withheld})))
