@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 import urllib.request
@@ -196,6 +197,20 @@ def test_enclave_and_host_share_memory_where_both_say_so(tmp_path: Path, link: s
         code, out, err = ran(["tune", made.owner("tunes"), "--json"])
         assert code == 0, err
         assert json.loads(out)["loss"] == made.expected("tunes")
+
+
+def test_an_owner_is_told_what_the_provider_lacks(tmp_path: Path) -> None:
+    """By whoever it hears of it first: the enclave says why the provider left, not only that it did."""
+    model = tmp_path / "model"
+    shutil.copytree(model_directory("llama"), model)
+    with organisations(tmp_path, "veil", model=str(model)) as made:
+        shutil.rmtree(model)
+        code, _, err = ran(["tune", made.owner()])
+        why = made.programs["provider"].wait_for("refused")["why"]
+        assert "model" in why
+        assert code != 0
+        assert why in err
+        assert "closed its link" not in err
 
 
 def test_dropout_draws_what_it_draws_among_local_processes(tmp_path: Path) -> None:

@@ -281,10 +281,12 @@ def test_a_certificate_out_of_its_dates_ends_a_run_before_anything_is_dialled(na
 
 @pytest.mark.slow
 @pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_certificate_that_expires_while_a_service_runs(tmp_path: Path) -> None:
     """Sessions are refused by name at both ends until it is renewed."""
     keys = {role: make_identity(tmp_path, role) for role in ("host", "enclave")}
-    last = datetime.now(UTC) - timedelta(days=VALID_DAYS) + timedelta(seconds=4)
+    last = datetime.now(UTC) - timedelta(days=VALID_DAYS) + timedelta(seconds=8)
     renew_identity(tmp_path, "host", now=last)
     peers = tuple(PeerConfig(role=role, key=identity.pin) for role, identity in keys.items())
 

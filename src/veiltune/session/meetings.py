@@ -47,12 +47,13 @@ MakeControl = Callable[[], Channel]
 
 @dataclass
 class Meeting:
-    """One session: its links as they come, and how far it is."""
+    """One session: its links as they come, those that this party opened itself, and how far it is."""
 
     opening: OpenSession
     job: Job
     links: dict[str, SessionLink] = field(default_factory=dict)
     dialled: dict[str, Channel] = field(default_factory=dict)
+    opened: list[SessionLink] = field(default_factory=list)
     begun: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -68,10 +69,13 @@ class Meeting:
                 link.abort()
 
     def refuse(self, error: VeiltuneError) -> None:
-        """Tell everybody who came why it ends."""
-        for link in self.links.values():
+        """Tell everybody who came why it ends, and those it was opened with, who would find no more than a lost link."""
+        told = [*self.links.values()]
+        if not isinstance(error, PeerLostError):
+            told += self.opened
+        for link in told:
             link.refuse(error)
-        for link in self.links.values():
+        for link in told:
             link.drain()
 
 
@@ -206,6 +210,7 @@ class Meetings:
             for role in party.services:
                 link = party.links[role]
                 if isinstance(link, SessionLink):
+                    meeting.opened.append(link)
                     link.on_stopping = lambda: self._tell_to_stop(meeting)
             for link in meeting.links.values():
                 link.send(Acknowledged())
