@@ -64,7 +64,7 @@ def attack_rows(records: Path) -> list[Row]:
 
 
 def run_rows(records: Path) -> list[Row]:
-    """A row a run and metric of its task: accuracy, and the bytes and seconds of a training step."""
+    """A row a run and metric of its task: accuracy, and the bytes of a training step."""
     rows: list[Row] = []
     for record in read_study(records):
         if not isinstance(record, RunCell):
@@ -74,9 +74,7 @@ def run_rows(records: Path) -> list[Row]:
         if record.result is None:
             rows.append({**heading, record.status: record.error})
             continue
-        cost = record.result.cost
-        heading |= {"bytes_per_step": cost.bytes_per_step}
-        heading |= {"seconds_per_step": None if cost.seconds_per_step is None else cost.seconds_per_step.model_dump()}
+        heading["bytes_per_step"] = record.result.cost.bytes_per_step
         rows += [
             {**heading, "metric": name.rpartition("/")[2], **figure.model_dump()}
             for name, figure in record.result.utility.items()
