@@ -107,7 +107,7 @@ def _rows(run: RunPlan, plan: AttackPlan, records: dict[str, RunCell | AttackCel
 
 
 def run_rows(found: Measured) -> list[Row]:
-    """A row a run and metric of its task: accuracy, and the bytes and seconds of a training step."""
+    """A row a run and metric of its task: accuracy, and the bytes of a training step."""
     rows: list[Row] = []
     for record in found.records.values():
         if not isinstance(record, RunCell):
@@ -117,9 +117,7 @@ def run_rows(found: Measured) -> list[Row]:
         if record.result is None:
             rows.append({**heading, record.status: record.error})
             continue
-        cost = record.result.cost
-        heading |= {"bytes_per_step": cost.bytes_per_step}
-        heading |= {"seconds_per_step": None if cost.seconds_per_step is None else cost.seconds_per_step.model_dump()}
+        heading["bytes_per_step"] = record.result.cost.bytes_per_step
         rows += [
             {**heading, "metric": name.rpartition("/")[2], **figure.model_dump()}
             for name, figure in record.result.utility.items()
