@@ -21,7 +21,9 @@ CELLS = Path(__file__).parent / ".cells"
 
 def cell(name: str, settings: dict[str, Any], measure: Callable[[], list[Row]]) -> list[Row]:
     """The rows of one cell of benchmark ``name``: read if they were measured before, else measured and kept."""
-    text = json.dumps([settings, versions()], sort_keys=True, default=str)
+    text = json.dumps(
+        [settings, versions()], sort_keys=True
+    )  # what cannot be written afterwards is not measured either
     path = CELLS / name / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))["rows"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -225,7 +225,7 @@ def measure(quick: bool) -> list[Row]:
     if quick:
         tiny = "random:llama:6,64,4,500"
         return _enclaves(tiny, ("compact", "veil"), QUICK_LINKS, SMALL[:1]) + _cuts(tiny, ("32 bits",), QUICK_LINKS)
-    said = {"links": LINKS, "new": NEW}
+    said = {"links": [asdict(link) for link in LINKS], "new": NEW}
     enclaves = {**said, "settings": SETTINGS, "small": SMALL}
     rows = cell("network", enclaves, lambda: _enclaves(SMOLLM2, SETTINGS, LINKS, SMALL))
     cut = {**said, "settings": tuple(CUT_SETTINGS)}
