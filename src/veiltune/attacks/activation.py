@@ -5,7 +5,8 @@
 all positions of a text are optimised together, so that no early mistake spoils what follows.
 
 *Aware of.* Rounding, straight through; noise, for distances are those of `attacks.adapting`, likelihoods once the noise was
-estimated; a bottom that was tuned since, or squeezed, by ``rounds`` of guessing and correcting, each of which begins at what the last one found.
+estimated; a bottom that was tuned since, or squeezed, by ``rounds`` of guessing and correcting. Each round begins at what the
+last one found: once guesses have corrected the bottom, distances are of the noise's size, and far from the truth lead nowhere.
 """
 
 from __future__ import annotations
