@@ -21,7 +21,7 @@ from veiltune.attacks.activation import by_linear_map, matched
 from veiltune.attacks.adapting import Channel, fit_correction
 from veiltune.attacks.bisr import _guess
 from veiltune.attacks.cut_gradients import _least_squares
-from veiltune.attacks.fluency import Fluency
+from veiltune.attacks.fluency import Fluency, written
 from veiltune.attacks.inverter import LearnedInverter, _Teacher, _whole
 from veiltune.attacks.matching import match_states
 from veiltune.attacks.passes import Agreement
@@ -236,6 +236,21 @@ def test_the_shortlist_knows_the_noise(model: Any) -> None:
     unaware = first(Shortlist(channel, rng()))
     channel.adapt(sequences, [each.tolist() for each in truth])
     assert first(Shortlist(channel, rng())) > unaware + 0.2
+
+
+def test_the_model_writes_what_it_finds_likely(model: Any) -> None:
+    """Likelier to it than random tokens are, and the same for whoever asks again."""
+    mine = written(model, 24, 12)
+    assert mine.shape == (24, 12)
+    assert torch.equal(mine, written(model, 24, 12))
+    random = torch.randint(int(mine.max()) + 1, mine.shape, generator=rng(1))
+
+    def surprise(ids: Tensor) -> float:
+        logits = model(input_ids=ids).logits[:, :-1]
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+    with torch.no_grad():
+        assert surprise(mine) < surprise(random)
 
 
 @torch.no_grad()

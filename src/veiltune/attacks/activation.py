@@ -5,7 +5,8 @@
 all positions of a text are optimised together, so that no early mistake spoils what follows.
 
 *Aware of.* Rounding, straight through; noise, for distances are those of `attacks.adapting`, likelihoods once the noise was
-estimated; a bottom that was tuned since, or squeezed, by ``rounds`` of guessing and correcting.
+estimated; a bottom that was tuned since, or squeezed, by ``rounds`` of guessing and correcting. Each round begins at what the
+last one found: once guesses have corrected the bottom, distances are of the noise's size, and far from the truth lead nowhere.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SEQUENCES = 8  # optimised at a time
 RATE = 0.2
 SHARPNESS = 10.0
 """What cosines are multiplied by, to be logits."""
+SURE = 3.0
+"""How far above the best of the rest a token begins that is known, or was found a round before, in logits."""
 DECISION = 0.1
 """Weight of the mixtures' entropy at the end, over the distance at the start; it grows from 0."""
 
@@ -69,8 +72,22 @@ class ActivationInversion(Attack):
         for number in range(self.rounds + 1):
             if number:
                 channel.adapt(sequences, tokens)
-            tokens = matched(channel, sequences, by_linear_map(channel, sequences, self.shortlist, rng), self.steps)
+            guesses = by_linear_map(channel, sequences, self.shortlist, rng)
+            if number:
+                guesses = [surer(*each) for each in zip(guesses, tokens, strict=True)]
+            tokens = matched(channel, sequences, guesses, self.steps)
         return Reconstruction(tokens=tokens)
+
+
+def surer(guess: Guess, known: Sequence[int]) -> Guess:
+    """The same where nothing is known (-100); else what is known, in the place of the last if it is new, likelier than all."""
+    tokens, logits, found = guess.tokens.clone(), guess.logits.clone(), torch.tensor(list(known))
+    rows = torch.nonzero(found >= 0)[:, 0]
+    already = tokens[rows] == found[rows, None]
+    place = torch.where(already.any(1), already.int().argmax(1), tokens.shape[1] - 1)
+    tokens[rows, place] = found[rows]
+    logits[rows, place] = guess.logits[rows].amax(1) + SURE
+    return Guess(tokens, logits)
 
 
 @torch.no_grad()

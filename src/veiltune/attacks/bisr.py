@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veiltune.attacks.activation import Guess, matched
+from veiltune.attacks.activation import Guess, matched, surer
 from veiltune.attacks.adapting import Channel
 from veiltune.attacks.base import Auxiliary, Reconstruction, setting
 from veiltune.attacks.cut_gradients import GradientLabels, labels_of
@@ -22,9 +21,6 @@ from veiltune.attacks.inverter import LearnedInverter
 from veiltune.attacks.passes import agreement_of, joined, places_in, require_whole, smashed_states
 from veiltune.attacks.view import View
 from veiltune.models.bottom import Bottom
-
-SURE = 3.0
-"""How far above the inverter's best a label from the gradient begins, in logits."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +59,4 @@ class Bisr(LearnedInverter):
 def _guess(scores: Float[Tensor, "seq v"], labels: list[int], count: int) -> Guess:
     """The inverter's best tokens; where a label is known, that in the place of the last of them, and likelier than all."""
     best = scores.log_softmax(-1).topk(count, dim=-1)
-    tokens, logits = best.indices.clone(), best.values.clone()
-    known = torch.tensor(labels)
-    rows = torch.nonzero(known >= 0)[:, 0]
-    already = tokens[rows] == known[rows, None]
-    place = torch.where(already.any(1), already.int().argmax(1), count - 1)
-    tokens[rows, place] = known[rows]
-    logits[rows, place] = best.values[rows, 0] + SURE
-    return Guess(tokens, logits)
+    return surer(Guess(best.indices, best.values), labels)
