@@ -22,7 +22,8 @@ from veiltune.attacks.adapting import Channel, fit_correction
 from veiltune.attacks.bisr import _guess
 from veiltune.attacks.cut_gradients import _least_squares
 from veiltune.attacks.fluency import Fluency, written
-from veiltune.attacks.inverter import LearnedInverter, _Teacher, _whole
+from veiltune.attacks.inverter import LearnedInverter
+from veiltune.attacks.lessons import Teacher, whole
 from veiltune.attacks.matching import match_states
 from veiltune.attacks.passes import Agreement
 from veiltune.attacks.remembered import MOST, learnt
@@ -331,7 +332,7 @@ def test_lessons_are_made_once_where_nothing_in_them_is_drawn(model: Any, monkey
     noisy = Agreement(1, WireOptions(activation_bits=4, stochastic=True), 1)
     for agreed, expected in ((PLAIN, 1), (noisy, 3)):
         shadows = Shadows(model, agreed, Tuning(0, 0.0, 1, 0.0), corpus, rng())
-        teacher = _Teacher(shadows, agreed, _whole(corpus), rng())
+        teacher = Teacher(shadows, agreed, whole(corpus), rng())
         made.clear()
         lessons = [teacher.lesson(0) for _ in range(3)]
         assert len(made) == expected

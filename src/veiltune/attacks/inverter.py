@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,104 +27,19 @@ from torch.nn import functional
 
 from veiltune.attacks.adapting import ridged
 from veiltune.attacks.base import Attack, Auxiliary, Knowledge, Reconstruction, provider_reads, setting
+from veiltune.attacks.lessons import Shapes, Teacher, scaled, shaped, shapes_of, whole
 from veiltune.attacks.passes import Agreement, agreement_of, has_gaps, joined, places_in, smashed_states, spread
 from veiltune.attacks.remembered import learnt
 from veiltune.attacks.shadow import Shadows, Tuning
 from veiltune.attacks.view import View
 from veiltune.study_terms import Knows
 
-BATCH = 16
 HEADS = 4
 RIDGE = 1e-3
 RANDOM_SHARE = 0.25
 """Of what the learned inverter is fitted to, texts of random tokens: rare ones stand in no corpus."""
 NEGATIVES = 2048
 """Random tokens that the right one is told from, beside those of the batch."""
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """Public states as the provider would get them, right-padded, and their tokens; ``sent``: which would really be sent."""
-
-    states: Float[Tensor, "n seq k"]
-    ids: Int[Tensor, "n seq"]
-    present: Bool[Tensor, "n seq"]
-    sent: Bool[Tensor, "n seq"]
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Tokens of a public text, and how many of its last ones would be sent, with its first."""
-
-    tokens: Sequence[int] = field(repr=False)
-    tail: int
-
-
-def _whole(texts: Sequence[Sequence[int]]) -> list[_Text]:
-    return [_Text(text, len(text)) for text in texts]
-
-
-Shapes = tuple[tuple[int, int], ...]
-"""Of each text its length, and how many of its last positions crossed, with its first."""
-
-
-def _shapes(places: Sequence[Int[Tensor, " _"]]) -> Shapes:
-    return tuple((int(each[-1]) + 1, len(each) - 1) for each in places)
-
-
-def _shaped(texts: Sequence[Sequence[int]], shapes: Shapes, rng: torch.Generator) -> list[_Text]:
-    """Public texts cut into pieces as long as those that crossed, with as many positions sent."""
-    found: list[_Text] = []
-    for text in texts:
-        start = 0
-        while start < len(text):
-            length, tail = shapes[int(torch.randint(len(shapes), (1,), generator=rng))]
-            found.append(_Text(text[start : start + length], tail))
-            start += length
-    return found
-
-
-class _Teacher:
-    """Makes lessons of public text. Those in which nothing is drawn are kept: 4 bytes a token and channel."""
-
-    def __init__(self, shadows: Shadows, agreed: Agreement, texts: Sequence[_Text], rng: torch.Generator) -> None:
-        self._shadows = shadows
-        self._agreed = agreed
-        self._rng = rng
-        ordered = sorted(texts, key=lambda text: len(text.tokens))
-        self._groups = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
-        self._is_fixed = shadows.count == 1 and not agreed.wire.stochastic
-        self._kept: dict[int, _Lesson] = {}
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def lesson(self, number: int) -> _Lesson:
-        """Texts of like length, by one of the bottoms. Where nothing is drawn, a lesson is made once."""
-        if number in self._kept:
-            return self._kept[number]
-        lesson = self._made(number)
-        if self._is_fixed:
-            self._kept[number] = lesson
-        return lesson
-
-    def _made(self, number: int) -> _Lesson:
-        texts = [torch.tensor(text.tokens) for text in self._groups[number]]
-        tails = torch.tensor([text.tail for text in self._groups[number]])
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        lengths = torch.tensor([len(text) for text in texts])
-        which = int(torch.randint(self._shadows.count, (1,), generator=self._rng))
-        states = self._agreed.sent(self._shadows.states(ids, which), self._rng)
-        every = torch.arange(ids.shape[1])
-        present = every < lengths[:, None]
-        sent = present & ((every == 0) | (every >= (lengths - tails)[:, None]))
-        return _Lesson(states, ids, present, sent)
-
-
-def _scaled(states: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch e"]:
-    """Each state divided by its root mean square (the first position's is far larger than others'), and that size's logarithm."""
-    size = states.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-    return torch.cat([states / size, size.log()], dim=-1)
 
 
 def _with_one(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
@@ -153,13 +68,13 @@ class RidgeInverter(Attack):
         shadows = Shadows(auxiliary.take("base_weights"), agreed, Tuning(0, 0.0, 1, 0.0), corpus, rng)
         frequent = Counter(token for text in corpus for token in text).most_common(self.vocabulary)
         tokens = torch.tensor(sorted(token for token, _ in frequent))
-        weights = _fit_ridge(_Teacher(shadows, agreed, _whole(corpus), rng), tokens)
+        weights = _fit_ridge(Teacher(shadows, agreed, whole(corpus), rng), tokens)
         passes = smashed_states(view)
-        found = [tokens[(_with_one(_scaled(each)).double() @ weights).argmax(-1)].tolist() for each in joined(passes)]
+        found = [tokens[(_with_one(scaled(each)).double() @ weights).argmax(-1)].tolist() for each in joined(passes)]
         return Reconstruction(tokens=[spread(*each) for each in zip(found, places_in(passes), strict=True)])
 
 
-def _fit_ridge(teacher: _Teacher, tokens: Int[Tensor, " v"]) -> Float[Tensor, "features v"]:
+def _fit_ridge(teacher: Teacher, tokens: Int[Tensor, " v"]) -> Float[Tensor, "features v"]:
     """Argmin ‖H·W - Y‖² + λ‖W‖² for one-hot Y: (HᵀH + λ)⁻¹·HᵀY, where HᵀY are sums of states by token."""
     gram = sums = torch.zeros(())
     for number in range(len(teacher)):
@@ -167,7 +82,7 @@ def _fit_ridge(teacher: _Teacher, tokens: Int[Tensor, " v"]) -> Float[Tensor, "f
         ids = lesson.ids[lesson.present]
         places = torch.searchsorted(tokens, ids).clamp_max(len(tokens) - 1)
         known = tokens[places] == ids
-        rows = _with_one(_scaled(lesson.states[lesson.present][known])).double()
+        rows = _with_one(scaled(lesson.states[lesson.present][known])).double()
         gram = gram + rows.T @ rows
         sums = torch.zeros((len(tokens), rows.shape[1]), dtype=torch.float64) if sums.dim() == 0 else sums
         sums.index_add_(0, places[known], rows)
@@ -209,7 +124,7 @@ class LearnedInverter(Attack):
         agreed, model, corpus = agreement_of(view), auxiliary.take("base_weights"), auxiliary.take("corpus")
         passes = smashed_states(view)
         places = places_in(passes)
-        shapes = _shapes(places) if has_gaps(places) else ()
+        shapes = shapes_of(places) if has_gaps(places) else ()
         settings = [getattr(self, each.name) for each in fields(LearnedInverter)]
         learner = partial(self._learnt, model, agreed, corpus, shapes, rng)
         weights = learnt(["inverter", *settings, agreed, shapes], model, corpus, rng, learner)
@@ -232,7 +147,7 @@ class LearnedInverter(Attack):
         tuning = Tuning(self.shadow_steps, self.shadow_alpha, self.shadow_rank, self.shadow_learning_rate)
         shadows = Shadows(model, agreed, tuning, corpus, rng)
         texts = [*corpus, *_random_texts(corpus, len(model.get_input_embeddings().weight), rng)]
-        teacher = _Teacher(shadows, agreed, _shaped(texts, shapes, rng) if shapes else _whole(texts), rng)
+        teacher = Teacher(shadows, agreed, shaped(texts, shapes, rng) if shapes else whole(texts), rng)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=rng)))
             decoder = self._decoder(model, teacher.lesson(0).states.shape[-1], gaps=bool(shapes))
@@ -240,7 +155,7 @@ class LearnedInverter(Attack):
             self._train(decoder, teacher)
         return decoder.state_dict()
 
-    def _train(self, decoder: _Decoder, teacher: _Teacher) -> None:
+    def _train(self, decoder: _Decoder, teacher: Teacher) -> None:
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=self.learning_rate, weight_decay=0.01)
         total = self.epochs * len(teacher)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=total + 1)
@@ -309,10 +224,10 @@ class _Decoder(nn.Module):
         self.place = nn.Linear(width, width) if gaps else None
 
     @torch.no_grad()
-    def prepare(self, teacher: _Teacher) -> None:
+    def prepare(self, teacher: Teacher) -> None:
         """Standardise inputs by the lessons', and fit the linear map to them by ridge regression."""
         lessons = [teacher.lesson(number) for number in range(len(teacher))]
-        rows = torch.cat([_scaled(lesson.states[lesson.present]) for lesson in lessons])
+        rows = torch.cat([scaled(lesson.states[lesson.present]) for lesson in lessons])
         self.get_buffer("centre").copy_(rows.mean(0))
         self.get_buffer("spread").copy_(rows.std(0).clamp_min(1e-6))
         wanted = self.get_buffer("table")[torch.cat([lesson.ids[lesson.present] for lesson in lessons])]
@@ -343,7 +258,7 @@ class _Decoder(nn.Module):
             sent: which were. Without ``gaps`` all are there, and it tells nothing.
             present: where there is a token, if not everywhere.
         """
-        rows, padding = self._standardised(_scaled(states)), None if present is None else ~present
+        rows, padding = self._standardised(scaled(states)), None if present is None else ~present
         hidden = self.enter(rows)
         if self.missing is not None and self.place is not None:
             rows = rows * sent[..., None]
