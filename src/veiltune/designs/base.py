@@ -168,7 +168,8 @@ SPLIT_OWNER_REVEALS: Mapping[str, Reveal] = {
 SPLIT_PROVIDER_REVEALS: Mapping[str, Reveal] = {
     "SplitRequest": Reveal("what the owner wants to agree on", "public"),
     "TrunkForward": Reveal(
-        "the states at the bottom cut of every token of the owner's text, the padding, so the lengths of texts", "clear"
+        "the states at the bottom cut of every token of the owner's text that is sent, the padding, so the lengths of texts",
+        "clear",
     ),
     "Forget": Reveal("the end of a pass or of a generation", "control"),
     "Acknowledged": ACK,
