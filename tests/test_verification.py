@@ -23,7 +23,8 @@ from veiltune.results import read_result
 
 KAPPA = 300.0
 CONDITIONED = ("obfuscatune.matrix=conditioned", f"obfuscatune.condition_number={KAPPA}")
-GAUSSIAN = ("obfuscatune.matrix=gaussian",)
+GAUSSIAN = ("obfuscatune.matrix=gaussian", "obfuscatune.key_seed=1")
+"""At a width of 32 a Gaussian key may by chance be good enough: one of eight draws was. These are not."""
 DEEP = "random:llama:4,32,4,259"
 CUT = ("cut.bottom_layers=1", "cut.top_layers=1")
 
