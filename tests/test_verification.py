@@ -207,7 +207,8 @@ def test_the_record_is_kept_where_asked(tmp_path: Path) -> None:
 
 def test_a_failed_verification_is_shown_recorded_and_exits_with_5(veiltune: Any, tmp_path: Path) -> None:
     model = helpers.model_directory("opt")
-    ask = ("verify", model, "--set", *GAUSSIAN, "--json", "--output", str(tmp_path / "out"))
+    chosen = [word for each in GAUSSIAN for word in ("--set", each)]
+    ask = ("verify", model, *chosen, "--json", "--output", str(tmp_path / "out"))
     ran = veiltune(*ask)
     assert ran.code == 5
     assert ran.err.count("error: ") == 1
