@@ -6,6 +6,7 @@ Tiny random models and texts of random letters, in which nothing follows from an
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import helpers
 from cutting import cut_config, deep_model, plain
 from recording import Record, attacked, recorder
-from veiltune.attacks import Auxiliary, make_attack
+from veiltune.attacks import Auxiliary, make_attack, remembered
 from veiltune.attacks.activation import by_linear_map, matched
 from veiltune.attacks.adapting import Channel, fit_correction
 from veiltune.attacks.bisr import _guess
@@ -296,7 +297,8 @@ def test_an_inverter_is_trained_once_a_wire(
         train(self, decoder, teacher)
 
     monkeypatch.setattr(LearnedInverter, "_train", counted)
-    settings = {"width": 68, "epochs": 3}  # of no other test, so that nothing is remembered yet
+    monkeypatch.setattr(remembered, "_kept", OrderedDict())
+    settings = {"width": 68, "epochs": 3}
     found = attacked(recorded(name), "learned_inverter", **settings)
     again = attacked(recorded(name), "learned_inverter", **settings)
     assert trained == ["learned_inverter"] * lessons

@@ -172,7 +172,7 @@ def _add_compare(verbs: Any, run: Command) -> None:
     compare = _add(
         verbs, "compare", run, "run designs, attacks and seeds of a study, and report; goes on where it stopped"
     )
-    compare.add_argument("study", metavar="STUDY", help="a TOML file, or one that comes along: small, sweeps")
+    compare.add_argument("study", metavar="STUDY", help="a TOML file, or one that comes along: small, strong, sweeps")
     compare.add_argument("--output", type=Path, metavar="DIR", help="directory (default: veiltune-compare-STUDY)")
     compare.add_argument("--overwrite", action="store_true", help="forget what was measured there before")
     compare.add_argument("--retry-failed", action="store_true", help="try cells again that failed before")
