@@ -343,8 +343,9 @@ def test_what_was_learnt_once_is_not_learnt_again(model: Any) -> None:
     first = asked()
     assert asked() == first
     assert len(made) == 1
-    for other in ({"name": "b"}, {"seed": 4}, {"corpus": corpus[:2]}):
-        asked(**other)
+    asked(name="b")
+    asked(seed=4)
+    asked(corpus=corpus[:2])
     assert len(made) == 4
     changed = model.get_input_embeddings().weight
     with torch.no_grad():
