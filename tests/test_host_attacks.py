@@ -6,6 +6,7 @@ random text (statistics, independence) is shown on made-up material.
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import torch
 
 import helpers
 from recording import attacked, recorder
+from veiltune.attacks import retraining
 from veiltune.attacks.codebook import _decipher, _Script, _symbols
 from veiltune.attacks.folded import BlockRows, Shape, fold_openly
 from veiltune.attacks.inside import undo_inside
-from veiltune.attacks.retraining import _Best
 from veiltune.attacks.scores import mean, score_sources, score_units
 from veiltune.attacks.separation import IndependentComponents
 from veiltune.attacks.stream import align_stream
@@ -236,12 +237,15 @@ def test_retraining_says_what_the_true_model_would_only_around_a_plain_trunk(nam
     assert floor["agreement"].value < 0.5
 
 
-def test_a_training_that_unlearns_is_undone(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a rate that spoils everything the thief keeps the beginning, which it can tell on text that it kept back."""
+def test_the_thief_keeps_the_moment_that_its_own_text_calls_best(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a rate that spoils everything: the true model, if the beginning was best, and nothing like it, if the end was."""
     settings = {"steps": 4, "length": 16, "learning_rate": 0.5}
-    found = attacked(recorded("veil-0-tied"), "retraining", **settings)
-    assert found["agreement"].leaky_control > 0.99
-    monkeypatch.setattr(_Best, "restore", lambda _: None)
+    worse, better = itertools.count(), itertools.count(0, -1)
+    monkeypatch.setattr(retraining, "_held_out_loss", lambda *_: float(next(worse)))
+    assert attacked(recorded("veil-0-tied"), "retraining", **settings)["agreement"].leaky_control > 0.99
+    monkeypatch.setattr(retraining, "_held_out_loss", lambda *_: float(next(better)))
     with pytest.raises(ExactnessError, match="leaky control of retraining failed"):
         attacked(recorded("veil-0-tied"), "retraining", **settings)
 
