@@ -113,9 +113,10 @@ def attacks(rows_of: Rows, markdown: Markdown) -> str:
 def leaks(rows_of: Rows, markdown: Markdown) -> str:
     """The strongest text reconstruction by each attacker, by ROUGE-L, and of which attack it was.
 
-    An attacker is an observer, the texts it is after, and what it knows: figures of two are never put together.
+    An attacker is an observer, the texts it is after, and what it knows: figures of two are never put together. One that nothing
+    was measured of yet is not here but in the table of all attacks.
     """
-    reasons = {"nothing", *WITHOUT_FIGURES}
+    reasons = {"nothing", "withheld", "failed"}
     told = [row for row in _all_rows(rows_of) if row.get("metric") == "rougeL" or reasons & set(row)]
     texts = [row for row in told if "metric" in row or _who(row)[3] is not None]
     if not texts:
