@@ -19,9 +19,9 @@ import helpers
 from cutting import CUT, EXACT, KEEP_ALL, TRUNK, WIRE, cut_config, deep_model, plain, plainly, probed
 from helpers import exported_adapter, relative_error, run, transcripts, tuned, write_examples
 from veiltune.designs import DESIGNS
-from veiltune.errors import ConfigError
+from veiltune.errors import ConfigError, PeerLostError
 from veiltune.models.emulators import build
-from veiltune.parties.party import Job
+from veiltune.parties.party import Job, Party
 from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.session import PartyFailure
 from veiltune.transport.messages import Message, TrunkForward, TrunkOutput
@@ -651,3 +651,27 @@ def test_int8_and_int4_keep_to_their_share_of_the_bytes(tmp_path: Path, text: di
 
 def test_trunk_of_the_cut_is_what_the_tests_think() -> None:
     assert KEEP_ALL["layers"] == TRUNK
+
+
+@pytest.mark.parametrize("event", ["border", "step", "checkpoint"])
+def test_a_supervisor_that_is_gone_leaves_no_state_of_another_step(
+    event: str, tmp_path: Path, text: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the owner was about to tell it: what was trained and what is counted are of one step."""
+    train = {"steps": 8, "batch_size": 4, "optimizer": "adamw", "learning_rate": 1e-2, "checkpoint_every": 2}
+    whole, cut_off = (cut_config("online", tmp_path / name, data=text, train=train) for name in ("whole", "cut"))
+    expected = tuned(whole)["loss"]
+    report, told = Party.report, []
+
+    def gone(self: Party, name: str, fields: dict[str, Any] | None = None) -> None:
+        if self.role == "owner" and name == event:
+            told.append(name)
+            if len(told) == (6 if event != "checkpoint" else 2):
+                raise PeerLostError("the supervisor closed its link")
+        report(self, name, fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Party, "report", gone)
+        with pytest.raises(PartyFailure):
+            tuned(cut_off)
+    assert tuned(cut_off, resume=True)["loss"] == expected

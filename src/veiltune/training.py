@@ -93,6 +93,7 @@ class Trainer:
         self.history = History()
         self.total = total_steps(config.train, len(examples))
         self._saved = 0
+        self._is_stepping = False
 
     def resume(self, commit: dict[str, Any]) -> None:
         """Go back to a committed checkpoint."""
@@ -147,6 +148,7 @@ class Trainer:
         for batch in group:
             loss += self.tuner.accumulate(batch.input_ids, batch.attention_mask, batch.labels, targets) / targets
         self._require_finite("loss", loss, self.history.step + 1)
+        self._is_stepping = True
         norm = self.tuner.step(learning_rate, self.config.train.max_grad_norm)
         self._require_finite("gradient norm", norm, self.history.step + 1)
         seconds = time.perf_counter() - start
@@ -156,6 +158,7 @@ class Trainer:
         history.loss.append(loss)
         history.seconds.append(seconds)
         history.tokens += tokens
+        self._is_stepping = False
         self.report(
             "step",
             {
@@ -186,8 +189,11 @@ class Trainer:
         self.report("validation", {"step": self.history.step, "loss": value})
 
     def _keep(self) -> None:
-        """A peer is gone in the middle of a step: where this party holds all that is trained, the steps before are whole."""
-        if self.tuner.holds_state and self.history.step > self._saved:
+        """A peer is gone in the middle of a step: where this party holds all that is trained, the steps before are whole.
+
+        Unless the optimiser was at work: then what is trained may be a step ahead of the history, and nothing is kept.
+        """
+        if self.tuner.holds_state and not self._is_stepping and self.history.step > self._saved:
             self.checkpoint()
 
     def checkpoint(self) -> None:
