@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from benchmarks._record import Row
@@ -253,4 +254,37 @@ def stream_protect(rows_of: Rows, markdown: Markdown) -> str:
     return markdown(["blocks", "checkpoint", "largest tensor", "largest resident set", "time, one thread"], lines)
 
 
-TABLES = (step_ratio, step_ratio_veil, split_ratio, generation, scaling, network, links, channels, stream_protect)
+def kills(rows_of: Rows, markdown: Markdown) -> str:
+    """How many parties were killed under each design, and whether the runs came out as if nobody had been."""
+    rows = rows_of("kills")
+    lines: list[list[str]] = []
+    for whole in (row for row in rows if row["party"] == "all"):
+        mine = [row for row in rows if row["design"] == whole["design"] and row["party"] != "all"]
+        by_party = Counter(row["party"] for row in mine)
+        seconds = sorted(row["seconds"] for row in mine if row["recovered"])
+        lines.append(
+            [
+                f"`{whole['design']}`",
+                str(whole["kills"]),
+                ", ".join(f"{count} {party}" for party, count in sorted(by_party.items())),
+                str(whole["runs"]),
+                "yes" if whole["is_exact"] else f"**no**: {whole['fault']}",
+                f"{seconds[len(seconds) // 2]:.0f} s, at most {seconds[-1]:.0f} s",
+            ]
+        )
+    head = ["design", "kills", "of", "runs", "as if undisturbed, to the last bit", "until the next commit"]
+    return markdown(head, lines)
+
+
+TABLES = (
+    step_ratio,
+    step_ratio_veil,
+    split_ratio,
+    generation,
+    scaling,
+    network,
+    links,
+    channels,
+    kills,
+    stream_protect,
+)
