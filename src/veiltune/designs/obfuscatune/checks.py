@@ -198,6 +198,3 @@ class SpotChecks(Secret):
 
     def finished(self, cache_id: int) -> None:
         """See `Witness.finished`. Every answer was checked, or was not, when it came."""
-
-    def close(self) -> None:
-        """The session is over. Nothing is on disk."""

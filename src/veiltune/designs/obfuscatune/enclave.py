@@ -70,15 +70,9 @@ class Enclave(EnclaveSession):
         if self.options.placement == "paper":
             return SpotChecks(self.family, self.num_layers, lora.alpha / lora.rank, self.sampler)
         directory = self.party.directory / "checks"
-        return SegmentReruns(self.model_config, lora, self.device, directory, self.keys, self.sampler)
-
-    def serve(self) -> None:
-        """See `EnclaveSession.serve`; what checks keep goes with the session."""
-        try:
-            super().serve()
-        finally:
-            if self.checks is not None:
-                self.checks.close()
+        made = SegmentReruns(self.model_config, lora, self.device, directory, self.keys, self.sampler)
+        self.at_end.callback(made.close)
+        return made
 
     def _make_keys(self) -> Keys:
         labels = sorted({linear.key for linear in self.linears})

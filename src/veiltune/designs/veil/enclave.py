@@ -72,15 +72,9 @@ class Enclave(EnclaveSession):
         if self.sampler is None:
             return None
         directory = self.party.directory / "canaries"
-        return Canaries(self.model_config, self.cut, self.config, self.device, directory, self.sampler)
-
-    def serve(self) -> None:
-        """See `EnclaveSession.serve`; the sealed trunk goes with the session."""
-        try:
-            super().serve()
-        finally:
-            if self.canaries is not None:
-                self.canaries.close()
+        made = Canaries(self.model_config, self.cut, self.config, self.device, directory, self.sampler)
+        self.at_end.callback(made.close)
+        return made
 
     def _master_secret(self) -> MasterSecret:
         """See `EnclaveSession._master_secret`; a key from a file is bound to the provider's weights as well.

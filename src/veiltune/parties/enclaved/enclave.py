@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class EnclaveSession(ABC):
         port: the way to the host.
         model: the enclave's half, empty until `provision`.
         sampler: of what the host returns, what is checked; ``None``: the host is believed.
+        at_end: what goes with the session, however it ends.
     """
 
     port: HostPort
@@ -47,6 +49,7 @@ class EnclaveSession(ABC):
     def __init__(self, party: Party, card: ModelCard) -> None:
         self.party = party
         self.card = card
+        self.at_end = ExitStack()
         self.config: Config = party.config
         self.device = resolve_device(self.config.device)
         self.dtype, self.rounded = compute_dtype(self.config.dtype, self.device)
@@ -131,5 +134,6 @@ def run_enclave(party: Party, session: Callable[[Party, ModelCard], EnclaveSessi
     """The enclave: prove, take the model, divide it, serve the owner."""
     party.prove_enclave(Enclave(certificates=party.config.enclave.certificates), ("provider", "owner"))
     enclave = session(party, party.links["provider"].recv_as(ModelCard))
-    enclave.provision()
-    enclave.serve()
+    with enclave.at_end:
+        enclave.provision()
+        enclave.serve()
