@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,14 @@ def write_config(directory: Path, model: str = "llama", **changes: Any) -> Path:
     return path
 
 
-def outside(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """The same as a program of its own."""
+def outside(
+    arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """The same as a program of its own; ``environment`` is what it has besides."""
+    scratch = {"PYTHONPATH": str(ROOT / "src"), "VEILTUNE_CACHE": str(helpers.scratch() / "cache")}
     return subprocess.Popen(
         [sys.executable, "-m", "veiltune", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "VEILTUNE_CACHE": str(helpers.scratch() / "cache")},
+        env=os.environ | scratch | dict(environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,6 +7,7 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,13 @@ class Program:
         listen: str = "127.0.0.1:0",
         more: tuple[str, ...] = (),
         cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.role = role
         self.config = config
-        self.process = outside(["party", role, config, "--listen", listen, "--json", *more], cwd=cwd)
+        self.process = outside(
+            ["party", role, config, "--listen", listen, "--json", *more], cwd=cwd, environment=environment
+        )
         self.events: list[dict[str, Any]] = []
         self.errors = ""
         self._lines: queue.Queue[str | None] = queue.Queue()

@@ -333,6 +333,7 @@ OWN: dict[str, Any] = {
     "identity.key": "owner.key",
     "enclave.policy": "policy.toml",
     "enclave.certificates": "amd",
+    "enclave.sealed_model": "model.sealed",
     "provider.public_ancestors": ["random:llama"],
     "provider.allow_public_ancestor": True,
     "provider.ancestor_blocks": 2,

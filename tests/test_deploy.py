@@ -31,10 +31,10 @@ VALUES = {
 }
 
 
-def manifest(keygen: str) -> dict[str, Any]:
+def manifest(keygen: str, model: str = "") -> dict[str, Any]:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)  # noqa: S701 - no HTML
     template = environment.from_string((DEPLOY / "gramine" / "enclave.manifest.template").read_text())
-    return tomllib.loads(template.render(VALUES, keygen=keygen))
+    return tomllib.loads(template.render(VALUES, keygen=keygen, model=model))
 
 
 def test_the_example_of_a_policy_loads_and_accepts_nothing_simulated() -> None:
@@ -63,6 +63,13 @@ def test_the_manifest_renders_and_leaves_nothing_to_the_host(keygen: str) -> Non
     assert all(isinstance(value, str) for value in loader["env"].values()), "a passthrough is a table"
     assert loader["argv"][3:6] == ["veiltune", "keygen", "enclave"] if keygen else ["veiltune", "party", "enclave"]
     assert sgx["max_threads"] == 20
+
+
+def test_a_sealed_model_is_all_that_the_host_may_change() -> None:
+    made, without = manifest("", "/srv/model.sealed"), manifest("")
+    assert made["sgx"].pop("allowed_files") == ["file:/srv/model.sealed"]
+    made["fs"]["mounts"].remove({"path": "/srv/model.sealed", "uri": "file:/srv/model.sealed"})
+    assert made == without
 
 
 def test_what_the_enclave_writes_is_encrypted_and_what_it_reads_is_measured() -> None:

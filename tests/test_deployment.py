@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ def blocks() -> Iterator[tuple[str | None, str]]:
 
 
 def test_every_command_of_the_page_is_one_that_the_test_runs() -> None:
-    known = ("veiltune keygen", "veiltune party", "veiltune tune", "veiltune generate", "cat ", "curl -s ")
+    verbs = ("keygen", "party", "tune", "generate", "seal")
+    known = (*(f"veiltune {verb} " for verb in verbs), "VEILTUNE_KEYS=", "cat ", "cp ", "sed ", "curl -s ")
     commands = [line for file, body in blocks() if file is None for line in body.splitlines()]
     assert len(commands) >= 20
     assert all(line.startswith(known) for line in commands)
@@ -43,7 +45,8 @@ class Machine:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.services: list[Program] = []
+        self.services: dict[str, Program] = {}
+        self.codes: list[int] = []
         self.pins: dict[str, str] = {}
         self.answers: list[str] = []
         self.ports: dict[str, int] = {}
@@ -66,25 +69,34 @@ class Machine:
     def do(self, line: str) -> None:
         """One command of the page."""
         words = shlex.split(self.here(line))
-        if words[0] == "cat":
-            parts = [(self.directory / each).read_text(encoding="utf-8") for each in words[1:3]]
-            assert words[3] == ">"
-            (self.directory / words[4]).write_text("\n".join(parts), encoding="utf-8")
-        elif words[0] == "curl":
+        environment: dict[str, str] = {}
+        if "=" in words[0]:
+            name, _, value = words.pop(0).partition("=")
+            environment[name] = value
+        if words[0] == "curl":
             with urllib.request.urlopen(words[2], timeout=5) as answer:  # noqa: S310 - loopback
                 self.answers.append(answer.read().decode())
+        elif words[0] != "veiltune":
+            subprocess.run(["/bin/sh", "-c", self.here(line)], cwd=self.directory, check=True)
         elif words[1] == "party":
-            service = Program(words[3], words[2], listen=words[5], more=tuple(words[6:]), cwd=self.directory)
-            self.services.append(service)
-            service.ready()
+            self.serve(words[2], words[3], words[5], tuple(words[6:]), environment)
         else:
             with outside(words[1:], cwd=self.directory) as process:
                 out, err = process.communicate(timeout=200)
             assert process.returncode == 0, f"{line}: {err}"
             self.pins |= re.findall(r'role = "(\w+)"\nkey = "([^"]+)"', out)
 
+    def serve(self, role: str, config: str, address: str, more: tuple[str, ...], environment: dict[str, str]) -> None:
+        """A service, in the place of one that listens there."""
+        if address in self.services:
+            self.codes.append(self.services.pop(address).end())
+        self.services[address] = Program(
+            config, role, listen=address, more=more, cwd=self.directory, environment=environment
+        )
+        self.services[address].ready()
+
     def end(self) -> None:
-        for service in self.services:
+        for service in self.services.values():
             if service.process.poll() is None:
                 service.end(signal.SIGKILL)
 
@@ -103,10 +115,12 @@ def test_the_runbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 continue
             for line in body.splitlines():
                 machine.do(line)
+        with_key = next(each for each in machine.services.values() if each.role == "provider")
+        assert with_key.wait_for("key_handed_over")
         assert machine.answers[:2] == ["ok\n", "ready\n"]
         assert "veiltune_steps_total 12\n" in machine.answers[2]
         for run in ("run", "split-run"):
             assert read_result(tmp_path / "bank" / run / "result.json").loss
-        assert [service.end() for service in machine.services] == [0, 0, 0, 0]
+        assert [*machine.codes, *(service.end() for service in machine.services.values())] == [0] * 7
     finally:
         machine.end()

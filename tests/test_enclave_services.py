@@ -53,6 +53,8 @@ class Organisations:
         self.pins = {role: make_identity(directory / role, role).pin for role in ROLES}
         self.addresses: dict[str, str] = {}
         self.programs: dict[str, Program] = {}
+        self.environments: dict[str, dict[str, str]] = {}
+        """What a role's program has besides."""
 
     def settings(self, role: str, name: str | None = None, **changes: Any) -> dict[str, Any]:
         """One party's configuration."""
@@ -85,7 +87,8 @@ class Organisations:
     def start(self, role: str, *, listen: str = "127.0.0.1:0", more: tuple[str, ...] = ()) -> Program:
         """A service, at its old address if it had one."""
         config = write_toml(self.directory / role, self.settings(role))
-        program = self.programs[role] = Program(config, role, listen=self.addresses.get(role, listen), more=more)
+        address, more_of = self.addresses.get(role, listen), self.environments.get(role)
+        program = self.programs[role] = Program(config, role, listen=address, more=more, environment=more_of)
         self.addresses[role] = program.ready()
         return program
 
@@ -112,9 +115,17 @@ class Organisations:
 
 
 @contextmanager
-def organisations(directory: Path, design: str, *, keys: bool = True, **changes: Any) -> Generator[Organisations]:
+def organisations(
+    directory: Path,
+    design: str,
+    *,
+    keys: bool = True,
+    environments: dict[str, dict[str, str]] | None = None,
+    **changes: Any,
+) -> Generator[Organisations]:
     """All services of a design, up."""
     made = Organisations(directory, design, keys=keys, **changes)
+    made.environments |= environments or {}
     try:
         for role in SERVICES:
             made.start(role, more=("--health", "127.0.0.1:0") if role == "enclave" else ())

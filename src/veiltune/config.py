@@ -119,6 +119,10 @@ class EnclaveConfig(Section):
     certificates: Path | None = Field(
         default=None, description="the enclave's own: folder with AMD's certificates, where its host provides none"
     )
+    sealed_model: Path | None = Field(
+        default=None,
+        description="the enclave's own: a copy of the provider's sealed model, opened with the key that the provider hands over",
+    )
 
 
 class ProviderConfig(Section):

@@ -109,6 +109,9 @@ class Display:
     def _on_provisioned(self, fields: Fields) -> None:
         self._update("loading", fields["block"], fields["num_blocks"], "blocks to their places")
 
+    def _on_key_handed_over(self, _: Fields) -> None:
+        self._say("sealed copy", "the enclave opens the model that lies there, with the provider's key")
+
     def _on_protected(self, fields: Fields) -> None:
         self._update("protecting", fields["block"], fields["num_blocks"], "blocks written")
 

@@ -136,6 +136,12 @@ PROVIDER_REVEALS: Mapping[str, Reveal] = {
     "Goodbye": DONE,
 }
 
+ATTESTED_PROVIDER_SEES: Mapping[str, Reveal] = {
+    "SealedCopy": Reveal("which sealed copy of the weights the enclave has, if any", "public"),
+    "AdapterTensors": RELEASED,
+}
+"""What the provider gets besides where an enclave trains."""
+
 ENGINE_REVEALS: Mapping[str, Reveal] = {
     "ModelCard": Reveal("the architecture and the weights' fingerprint", "public"),
     "WeightShard": Reveal("the model's weights", "clear"),
@@ -205,6 +211,7 @@ HOST_SEES: Mapping[str, Reveal] = {
 
 ENCLAVE_SEES: Mapping[str, Reveal] = {
     **ENGINE_REVEALS,
+    "ModelKey": Reveal("the key to the model's weights, where it has a sealed copy of them", "clear"),
     "HandOver": Reveal("that training is over, where the provider gets the adapter", "control"),
     "EvidenceRequest": Reveal("a nonce", "public"),
     "Factors": Reveal("the factors the host holds", "masked"),
@@ -263,7 +270,7 @@ def enclave_design(  # noqa: PLR0913 - keyword-only
         enclaves=frozenset({"enclave"}),
         reveals={
             "owner": {**OWNER_REVEALS, **_told("Refused", "StopSoon")},
-            "provider": {**PROVIDER_REVEALS, "AdapterTensors": RELEASED, **_told("OpenSession", "Refused")},
+            "provider": {**PROVIDER_REVEALS, **ATTESTED_PROVIDER_SEES, **_told("OpenSession", "Refused")},
             "enclave": {**ENCLAVE_SEES, **_told("OpenSession", "Refused", "StopSoon"), **enclave_sees},
             "host": {**HOST_SEES, **_told("OpenSession"), **host_sees},
         },

@@ -22,7 +22,8 @@ from veiltune.models.trainable import make_trainable
 from veiltune.models.trunk import make_optimizer
 from veiltune.parties.owner import join, own
 from veiltune.parties.party import Party
-from veiltune.parties.provider import provide, receive_weights
+from veiltune.parties.provider import provide
+from veiltune.parties.weights import receive_weights
 from veiltune.transport.messages import Goodbye, ModelCard
 from veiltune.tuner import serve
 

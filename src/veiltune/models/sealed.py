@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,21 +33,11 @@ _GENERATION = "generation_config.json"
 class SealedCheckpoint(Checkpoint):
     """A checkpoint whose files are in an open container; ``directory`` is the container's place, and no folder.
 
-    It holds the container open for as long as it lives.
+    Attributes:
+        container: open for as long as something holds it.
     """
 
-    def __post_init__(self) -> None:
-        weakref.finalize(self, self.container.close)
-
-    @cached_property
-    def container(self) -> Container:
-        """The container, open.
-
-        Raises:
-            ConfigError: this party has no key.
-            CheckpointError: it does not open.
-        """
-        return open_sealed(self.source, purpose=PURPOSE)
+    container: Container = field(kw_only=True)
 
     @cached_property
     def index(self) -> dict[str, TensorInfo]:
@@ -130,7 +119,8 @@ def open_sealed_checkpoint(
         ConfigError: this party has no key.
         CheckpointError: the container does not open.
     """
-    checkpoint = SealedCheckpoint(source, Path(source.removeprefix(SEALED)).expanduser(), dtype, cache_dir)
+    path = Path(source.removeprefix(SEALED)).expanduser()
+    checkpoint = SealedCheckpoint(source, path, dtype, cache_dir, container=open_sealed(source, purpose=PURPOSE))
     if not checkpoint.container.directory or not checkpoint.has_file("config.json"):
         raise ModelError(f"{source!r} holds no model", hint="seal a folder with config.json and safetensors")
     if "model_type" not in _json_object(checkpoint.read_file("config.json"), source):

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veiltune.errors import ModelError
 from veiltune.models.checkpoint import Checkpoint
 from veiltune.models.families import find_family
-from veiltune.models.family import Family
-from veiltune.models.skeleton import DTYPES, assign_parameter, empty_model, require_complete
+from veiltune.models.skeleton import DTYPES
 from veiltune.models.sources import check_memory, resolve_config, resolve_model
 from veiltune.parties.enclaved.release import provider_waits, receive_adapter
+from veiltune.parties.enclaved.sealed_copy import hand_over_key
 from veiltune.parties.party import Party
 from veiltune.parties.preflight import check_ancestors
-from veiltune.transport.channel import Channel
-from veiltune.transport.messages import Acknowledged, Goodbye, ModelCard, TokenizerFiles, WeightShard
+from veiltune.parties.weights import stream_weights
+from veiltune.transport.messages import Goodbye, ModelCard, TokenizerFiles
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,61 +30,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-SHARD_BYTES = 32 << 20
-_IGNORED = re.compile(r"\.(attn|self_attn)\.(bias|masked_bias|rotary_emb\.inv_freq)$|rotary_emb\.inv_freq$")
-"""Buffers that older checkpoints store and models make for themselves."""
 _DROPOUT = re.compile(r"(dropout|_pdrop|layerdrop)$")
-
-
-def canonical_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Stored name of each parameter of the causal language model, by the model's own name.
-
-    Hub checkpoints of some families (GPT-2, OPT) leave out the base model's prefix.
-
-    Raises:
-        ModelError: a stored tensor has no place in the architecture.
-    """
-    model: Any = empty_model(checkpoint.config)
-    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    names: dict[str, str] = {}
-    for stored in checkpoint.tensor_names():
-        for candidate in (stored, f"{model.base_model_prefix}.{stored}"):
-            if candidate in expected:
-                names[candidate] = stored
-                break
-        else:
-            if not _IGNORED.search(stored):
-                raise ModelError(
-                    f"unexpected tensor {stored!r} in {checkpoint.source!r}",
-                    hint="its config.json names another architecture",
-                )
-    return names
-
-
-def shards(checkpoint: Checkpoint, family: Family) -> Iterator[tuple[int, dict[str, str]]]:
-    """What is sent together, ``(block, {name: stored name})``: tensors up to `SHARD_BYTES`, or one larger tensor.
-
-    What stands outside the blocks comes first, as block 0; then block by block, weights that share a key side by side.
-    """
-    num_layers = checkpoint.config.num_hidden_layers
-    place = {linear.path: number for number, linear in enumerate(family.linears(num_layers))}
-    pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.")
-
-    def order(name: str) -> tuple[int, int]:
-        found = pattern.match(name)
-        return (0 if found is None else int(found.group(1)) + 1, place.get(name.rpartition(".")[0], -1))
-
-    names = canonical_names(checkpoint)
-    group: dict[str, str] = {}
-    block = num_bytes = 0
-    for name in sorted(names, key=order):
-        size = checkpoint.index[names[name]].num_bytes
-        if group and (order(name)[0] != block or num_bytes + size > SHARD_BYTES):
-            yield block, group
-            group = {}
-            num_bytes = 0
-        group[name], block, num_bytes = names[name], order(name)[0], num_bytes + size
-    yield block, group
 
 
 def open_checkpoint(party: Party) -> Checkpoint:
@@ -111,24 +55,26 @@ def open_checkpoint(party: Party) -> Checkpoint:
 def provide(party: Party, trainer: str, *, attested: bool) -> None:
     """Run the provider: look for public ancestors, check the enclave, hand over tokenizer (owner) and weights (``trainer``).
 
+    An enclave that has a sealed copy of the weights gets the key to it, and no weights.
+
     Raises:
         ModelError: the source cannot be used, holds values that are not finite, does not fit this machine's memory, or
-            descends from a public model (see `preflight`).
+            descends from a public model (see `preflight`); or the enclave's sealed copy is not of it.
         PeerLostError: the enclave is gone before the provider has the adapter that was agreed on.
     """
     checkpoint = open_checkpoint(party)
-    family = find_family(checkpoint.config)
     if attested:
         checks = check_ancestors(party.config.provider, checkpoint, party.report)
         party.figures["public_ancestors"] = {check.ancestor: check.verdict for check in checks}
-        party.require_enclave(trainer)
+    enclave = party.require_enclave(trainer) if attested else None
     card = model_card(checkpoint, probe=party.job.verb == "probe")
     party.links["owner"].send(card)
     party.links["owner"].send(TokenizerFiles(tokenizer_files(checkpoint)))
     party.links[trainer].send(card)
-    num_blocks = checkpoint.config.num_hidden_layers
-    for block in stream_weights(party.links[trainer], checkpoint, family):
-        party.report("provisioned", {"block": block, "num_blocks": num_blocks})
+    if enclave is None or not hand_over_key(party, trainer, checkpoint, enclave.recipient):
+        num_blocks = checkpoint.config.num_hidden_layers
+        for block in stream_weights(party.links[trainer], checkpoint, find_family(checkpoint.config)):
+            party.report("provisioned", {"block": block, "num_blocks": num_blocks})
     if attested and provider_waits(party):
         receive_adapter(party, trainer, checkpoint.config)
     party.links["owner"].recv_as(Goodbye)
@@ -149,51 +95,3 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, Tensor]:
         for name in TOKENIZER_FILES
         if checkpoint.has_file(name)
     }
-
-
-def read_group(checkpoint: Checkpoint, group: dict[str, str]) -> dict[str, Tensor]:
-    """Tensors of ``{name: stored name}``, by name.
-
-    Raises:
-        ModelError: one of them is not finite.
-    """
-    names = {stored: name for name, stored in group.items()}
-    tensors = {names[stored]: value for stored, value in checkpoint.tensors(names)}
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise ModelError(
-                f"tensor {name!r} of {checkpoint.source!r} is not finite", hint="the checkpoint is damaged"
-            )
-    return tensors
-
-
-def stream_weights(
-    link: Channel, checkpoint: Checkpoint, family: Family, *, wanted: Callable[[str], bool] = lambda _: True
-) -> Iterator[int]:
-    """Send the tensors whose names are ``wanted``, a shard at a time; yields the block each shard was of."""
-    for block, group in shards(checkpoint, family):
-        chosen = {name: stored for name, stored in group.items() if wanted(name)}
-        if chosen:
-            link.send(WeightShard(read_group(checkpoint, chosen), last=False))
-            link.recv_as(Acknowledged)
-            yield block
-    link.send(WeightShard({}, last=True))
-    link.recv_as(Acknowledged)
-
-
-def receive_weights(link: Channel, model: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """The other end of `stream_weights`: fill an empty model, and tie what its configuration ties.
-
-    Raises:
-        ModelError: a tensor is missing, unexpected or of another shape.
-    """
-    while True:
-        shard = link.recv_as(WeightShard)
-        for name, value in shard.tensors.items():
-            assign_parameter(model, name, value.to(device, dtype))
-        link.send(Acknowledged())
-        if shard.last:
-            break
-    model.tie_weights()
-    require_complete(model)
-    model.to(device)

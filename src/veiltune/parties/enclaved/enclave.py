@@ -19,12 +19,14 @@ from veiltune.parties.clock import BorderClock, serve_owner
 from veiltune.parties.enclaved.backend import HostPort
 from veiltune.parties.enclaved.checks import Sampler
 from veiltune.parties.enclaved.release import keep_to_policy, let_provider_go
+from veiltune.parties.enclaved.sealed_copy import weights
 from veiltune.parties.enclaved.state import WeightsStore
 from veiltune.parties.party import Party
 from veiltune.secrets import MasterSecret
+from veiltune.tee.container.keys import RecipientKey
 from veiltune.tee.enclave import Enclave
 from veiltune.tee.sealing import SealingKey
-from veiltune.transport.messages import Acknowledged, Goodbye, ModelCard, TrunkPlan, TrunkShard, WeightShard
+from veiltune.transport.messages import Acknowledged, Goodbye, ModelCard, TrunkPlan, TrunkShard
 
 
 class EnclaveSession(ABC):
@@ -92,9 +94,13 @@ class EnclaveSession(ABC):
     def engine(self) -> Engine:
         """The training engine, with first factors in their places."""
 
-    def provision(self) -> None:
-        """Take the provider's stream: keep what is ours, and pass the host what is its, shard by shard."""
-        provider, host = self.party.links["provider"], self.party.links["host"]
+    def provision(self, key: RecipientKey) -> None:
+        """Take the weights as they come: keep what is ours, and pass the host what is its, shard by shard.
+
+        Args:
+            key: what the provider wraps for this session opens with it.
+        """
+        host = self.party.links["host"]
         common = {
             "lora": self.config.lora.model_dump(mode="json", exclude={"init_seed"}),
             "train": self.config.train.model_dump(mode="json"),
@@ -103,16 +109,12 @@ class EnclaveSession(ABC):
         }
         host.send(TrunkPlan(self.card.config, self.plan() | common))
         host.recv_as(Acknowledged)
-        while True:
-            shard = provider.recv_as(WeightShard)
-            passed_on = self.divide(shard.tensors)
+        for tensors in weights(self.party, key, self.dtype if self.party.job.native else None):
+            passed_on = self.divide(tensors)
             if passed_on:
                 host.send(TrunkShard(passed_on))
                 host.recv_as(Acknowledged)
-            provider.send(Acknowledged())
-            if shard.last:
-                break
-            del shard, passed_on
+            del tensors, passed_on
         self.divided()
         self.model.tie_weights()
         require_complete(self.model)
@@ -132,8 +134,9 @@ class EnclaveSession(ABC):
 
 def run_enclave(party: Party, session: Callable[[Party, ModelCard], EnclaveSession]) -> None:
     """The enclave: prove, take the model, divide it, serve the owner."""
-    party.prove_enclave(Enclave(certificates=party.config.enclave.certificates), ("provider", "owner"))
+    hardware = Enclave(certificates=party.config.enclave.certificates)
+    proofs = party.prove_enclave(hardware, ("provider", "owner"))
     enclave = session(party, party.links["provider"].recv_as(ModelCard))
     with enclave.at_end:
-        enclave.provision()
+        enclave.provision(hardware.key_for(proofs["provider"]))
         enclave.serve()

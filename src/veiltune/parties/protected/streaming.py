@@ -36,7 +36,7 @@ from veiltune.parties.protected.manifest import (
 )
 from veiltune.parties.protected.shard_file import DTYPES as STORED_DTYPES
 from veiltune.parties.protected.shard_file import Layout, layout_bytes, write_shard
-from veiltune.parties.provider import canonical_names, read_group, shards
+from veiltune.parties.weights import canonical_names, read_group, shards
 from veiltune.secrets import MasterSecret
 
 Report = Callable[[str, dict[str, Any]], None]

@@ -23,8 +23,8 @@ from veiltune.models.emulators.options import EmulatorOptions
 from veiltune.models.families import find_family
 from veiltune.models.skeleton import assign_parameter
 from veiltune.parties.party import Party
-from veiltune.parties.provider import read_group, shards
 from veiltune.parties.split.server import TrunkServer
+from veiltune.parties.weights import read_group, shards
 from veiltune.transport.channel import Channel
 from veiltune.transport.messages import EmulatorShard
 

@@ -25,12 +25,12 @@ from veiltune.models.trunk import make_optimizer
 from veiltune.models.trunk_stub import TrunkStub, install_trunk_stub
 from veiltune.parties.owner import Owner, tokenizer_from
 from veiltune.parties.party import Party
-from veiltune.parties.provider import receive_weights
 from veiltune.parties.split.plan import SplitPlan, terms_of
 from veiltune.parties.split.port import RefusedError, WirePort, expect
 from veiltune.parties.split.provider import Planner
 from veiltune.parties.split.tuners import SplitTuner, tuner_kind
 from veiltune.parties.split.warm_up import warm_up
+from veiltune.parties.weights import receive_weights
 from veiltune.privacy.decorrelation import Decorrelation
 from veiltune.results import write_json
 from veiltune.transport.channel import Channel

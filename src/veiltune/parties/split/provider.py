@@ -16,11 +16,12 @@ from veiltune.models.families import find_family
 from veiltune.models.precision import round_between_operations
 from veiltune.models.skeleton import assign_parameter, compute_dtype, config_from_json, require_complete, resolve_device
 from veiltune.parties.party import Party
-from veiltune.parties.provider import model_card, open_checkpoint, read_group, shards, stream_weights, tokenizer_files
+from veiltune.parties.provider import model_card, open_checkpoint, tokenizer_files
 from veiltune.parties.split.emulation import Emulation
 from veiltune.parties.split.plan import SplitPlan, require_agreement, terms_of
 from veiltune.parties.split.plugin import plug_in
 from veiltune.parties.split.server import TrunkServer, TrunkSession
+from veiltune.parties.weights import read_group, shards, stream_weights
 from veiltune.transport.channel import Channel
 from veiltune.transport.messages import (
     Acknowledged,

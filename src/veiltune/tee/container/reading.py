@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,7 @@ class Container(Secret):
         self._key = key
         self._binding = binding
         self._index = index
+        weakref.finalize(self, file.close)  # whoever forgets to close it lets go of it at last
 
     def __enter__(self) -> Container:
         return self
@@ -98,6 +100,11 @@ class Container(Secret):
     def names(self) -> tuple[str, ...]:
         """Names of all that can be opened: files (for :meth:`read`), then tensors (for :meth:`tensor`)."""
         return (*self.files, *self._tensors)
+
+    @property
+    def identity(self) -> bytes:
+        """What tells containers apart, sealings of the same model too; public. Copies have the same."""
+        return self._binding.prologue.identity
 
     @property
     def directory(self) -> bool:
@@ -185,15 +192,32 @@ def open_container(path: Path, key: Opener, *, purpose: str = "model", wrapped: 
         ConfigError: the purpose is empty or too long.
     """
     name = str(path)
-    try:
-        file = path.open("rb", buffering=0)
-    except OSError as error:
-        raise CheckpointError(f"cannot open {name!r}: {error.strerror}", hint="check the container's path") from None
+    file = _open_file(path, name)
     try:
         return _open(name, file, key, purpose, wrapped)
     except BaseException:
         file.close()
         raise
+
+
+def read_identity(path: Path) -> bytes:
+    """What a container is known by (`Container.identity`), without a key: anybody can read it, and nobody vouches for it.
+
+    Raises:
+        CheckpointError: missing, or not a container.
+    """
+    name = str(path)
+    with _open_file(path, name) as file:
+        return Prologue.decode(
+            _read_at(file, 0, min(os.fstat(file.fileno()).st_size, PROLOGUE_BYTES), name), name
+        ).identity
+
+
+def _open_file(path: Path, name: str) -> Any:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"cannot open {name!r}: {error.strerror}", hint="check the container's path") from None
 
 
 def _open(name: str, file: Any, key: Opener, purpose: str, wrapped: bytes | None) -> Container:

@@ -81,6 +81,20 @@ class TokenizerFiles(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class SealedCopy(Message):
+    """Which container the enclave has of the provider's weights: its public identity; empty for none."""
+
+    identity: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKey(Message):
+    """The data key of that container, HPKE-wrapped for the enclave that was attested: no other can open it."""
+
+    wrapped: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class WeightShard(Message):
     """Plain weights of one block (or of what stands outside the blocks), by parameter name. ``last`` ends the stream."""
 
