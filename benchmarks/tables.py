@@ -113,6 +113,45 @@ def _found(row: Row | None) -> list[str]:
     return [shown, f"{row['leaky_control']:.2f}", f"{row['shuffled_control']:.2f}"]
 
 
+KNOBS: tuple[tuple[str, str, dict[str, float], tuple[str, str]], ...] = (
+    ("alpha", "α of `online`, 8 bits", {"bits": 8}, ("ridge_inverter", "vocabulary_matching")),
+    ("bits", "bits of `online`'s states, α = 0", {"alpha": 0}, ("ridge_inverter", "vocabulary_matching")),
+    ("kappa", "κ of `obfuscatune`", {}, ("gram_anchors", "known_plaintext")),
+)
+"""What is turned, what that is, which other knobs stand where, and the attacks that are shown."""
+
+
+def knobs() -> str:
+    """What attacks find, and accuracy, at each value of a knob."""
+    lines: list[list[str]] = []
+    for knob, what, others, attacks in KNOBS:
+        turned = [row for row in rows_of("knobs") if knob in row and all(row.get(k) == v for k, v in others.items())]
+        for value in sorted({row[knob] for row in turned}):
+            group = [row for row in turned if row[knob] == value]
+            found = [_strongest([row for row in group if row["attack"] == attack]) for attack in attacks]
+            lines.append([what, f"{value:g}", _accuracy(group[0].get("accuracy")), *found])
+    return _markdown(["knob", "value", "accuracy (95%)", "first attack", "second attack"], lines)
+
+
+def _strongest(rows: list[Row]) -> str:
+    """An attack's name and its largest ROUGE-L with its interval, over its own settings; or why there is none."""
+    texts = [row for row in rows if row.get("metric") == "rougeL"]
+    if texts:
+        worst = max(texts, key=lambda row: row["value"])
+        low, high = worst["ci95"]
+        return f"`{worst['attack']}` {worst['value']:.2f} ({low:.2f}–{high:.2f})"
+    why = [key for row in rows for key in claims.WITHOUT_FIGURES if key in row]
+    return f"`{rows[0]['attack']}` {why[0]}" if why else "–"
+
+
+def study_time() -> str:
+    """Minutes that the small study's cells took."""
+    rows = rows_of("study_time")
+    lines = [[row["what"], str(row["cells"]), f"{row['seconds'] / 60:.1f}"] for row in rows]
+    total = ["all", str(sum(row["cells"] for row in rows)), f"{sum(row['seconds'] for row in rows) / 60:.1f}"]
+    return _markdown(["cells", "n", "minutes"], [*lines, total] if rows else [])
+
+
 def owner_shares() -> str:
     """Parameters and forward FLOPs at the owner."""
     lines = [
@@ -190,6 +229,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep_alpha": partial(_sweep, "alpha"),
     "sweep_wire": partial(_sweep, "wire"),
     "defences": defences,
+    "knobs": knobs,
+    "study_time": study_time,
     "owner_shares": owner_shares,
     "condition_number": condition_number,
     "enclave_shares": enclave_shares,

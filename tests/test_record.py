@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def outcome(**owner: Any) -> Outcome:
         },
         "data": {"train_examples": 12, "validation_examples": 3, "train_tokens": 200},
         "enclave": "simulated",
+        "model": {"config": json.loads((Path(helpers.model_directory("llama")) / "config.json").read_text())},
         "peak_rss": 5,
         **owner,
     }
@@ -139,6 +141,14 @@ def test_bfloat16_on_a_cpu_is_labelled_as_rounded(tmp_path: Path) -> None:
     assert labels_of(configured(tmp_path)).bfloat16 is None
 
 
+def test_the_record_is_made_where_the_model_is_not(tmp_path: Path) -> None:
+    """An owner has the provider's card, and need not be able to read what the provider calls its model."""
+    here = helpers.make_config("obfuscatune", "llama", tmp_path)
+    elsewhere = here.model_copy(update={"model": "sealed:vendor/model.sealed"})
+    assert result_of(elsewhere, outcome()).cost == result_of(here, outcome()).cost
+    assert result_of(here, outcome()).cost.enclave.param_share
+
+
 @pytest.mark.parametrize("placement", ["compact", "paper"])
 @pytest.mark.parametrize("model", ["gpt2", "opt", "llama", "qwen3"])
 def test_what_is_counted_in_the_enclave_is_what_it_holds(model: str, placement: str, tmp_path: Path) -> None:
@@ -156,7 +166,8 @@ def test_what_is_counted_in_the_enclave_of_veil_is_what_it_holds(model: str, lay
     """Its own count leaves out the gains and biases of the trunk's norms, which it keeps to map factors with."""
     config = helpers.make_config("veil", model, tmp_path, veil={"enclave_layers": layers})
     found = helpers.run(config, "provision")
-    counted, plain = count_shares(config, 8), resolve_config(config.model)
+    plain = resolve_config(config.model)
+    counted = count_shares(config, plain, 8)
     cut, family = Cut.of(plain, layers, 0), find_family(plain)
     trunk = [place for place in veil_placement(plain, cut) if cut.holds(family, place.name) == "trunk"]
     folded = sum(place.num_parameters for place in trunk if place.holder == "enclave")

@@ -16,8 +16,7 @@ from veiltune.models.accounting import DESIGNS as ACCOUNTED
 from veiltune.models.accounting import Shares, shares
 from veiltune.models.cut import Cut
 from veiltune.models.family import Placement
-from veiltune.models.skeleton import resolve_device
-from veiltune.models.sources import resolve_config
+from veiltune.models.skeleton import config_from_json, resolve_device
 from veiltune.models.veil_accounting import veil_shares
 from veiltune.results import (
     Answer,
@@ -58,7 +57,7 @@ def result_of(
             ``data.max_length``).
 
     Raises:
-        ModelError: the model's configuration cannot be read again.
+        ModelError: the model is of no known architecture.
     """
     owner = outcome.owner
     history: Mapping[str, Any] = owner.get("history", {})
@@ -123,15 +122,20 @@ def labels_of(config: Config) -> Labels:
     )
 
 
-def count_shares(config: Config, length: int) -> Shares | None:
-    """The enclave's shares for the run's batch and this length; ``None`` for a design that is not accounted for."""
+def count_shares(config: Config, model: Any, length: int) -> Shares | None:
+    """The enclave's shares for the run's batch and this length; ``None`` for a design that is not accounted for.
+
+    Args:
+        config: of the run.
+        model: its `transformers` configuration, as the provider's card has it: the source itself may be on another machine.
+        length: tokens a sequence.
+    """
     options: Any = design_options(DESIGNS[config.design], config.design_options)
     batch = config.train.batch_size
     if config.design in ACCOUNTED:
         placement: Placement = getattr(options, "placement", "compact")
-        return shares(resolve_config(config.model), placement, batch, length, design=config.design)
+        return shares(model, placement, batch, length, design=config.design)
     if config.design == "veil":
-        model = resolve_config(config.model)
         cut = Cut.of(model, options.enclave_layers, options.enclave_top_layers)
         return veil_shares(model, cut, batch, length, inner=options.inner)
     return None
@@ -141,7 +145,8 @@ def _cost(config: Config, outcome: Outcome, history: Mapping[str, Any], length: 
     engine: Mapping[str, Any] = outcome.owner.get("engine", {})
     seconds: list[float] = history.get("seconds", [])
     length = length or _mean_length(config, history)
-    counted = count_shares(config, length)
+    card: Mapping[str, Any] | None = outcome.owner.get("model")
+    counted = None if card is None else count_shares(config, config_from_json(card["config"]), length)
     traffic = outcome.traffic
     return Cost(
         seconds_per_step=Spread.of(seconds) if seconds else None,

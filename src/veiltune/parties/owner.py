@@ -267,7 +267,7 @@ def join(party: Party, trainer: str, *, attested: bool) -> Owner:
         party.require_enclave(trainer)
     card = party.links["provider"].recv_as(ModelCard)
     files = party.links["provider"].recv_as(TokenizerFiles).files
-    party.figures["model"] = {"fingerprint": card.fingerprint, "num_parameters": card.num_parameters}
+    party.figures["model"] = asdict(card)
     tuner = RemoteTuner(party.links[trainer])
     return Owner(party, tuner, tokenizer_from(files, party.config.model), config_from_json(card.config))
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class SplitOwner(Owner):
         self.cut = Cut.of(model_config, party.config.cut.bottom_layers, party.config.cut.top_layers)
         self.model: Any = owner_model(model_config, self.cut)
         receive_weights(link, self.model, dtype, device)
-        party.figures["model"] = {"fingerprint": card.fingerprint, "num_parameters": card.num_parameters}
+        party.figures["model"] = asdict(card)
         party.figures["owner_share"] = cut_shares(model_config, self.cut, 1, 1).owner_share
         self.port = WirePort(link, plan.wire, self._reconnecting(party))
         self.stub = install_trunk_stub(
