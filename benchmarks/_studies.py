@@ -107,7 +107,7 @@ def _rows(run: RunPlan, plan: AttackPlan, records: dict[str, RunCell | AttackCel
 
 
 def run_rows(found: Measured) -> list[Row]:
-    """A row a run and metric of its task: accuracy, and the bytes of a training step."""
+    """A row a run and metric of its task: accuracy, the bytes of a training step, and the share of the model at the owner."""
     rows: list[Row] = []
     for record in found.records.values():
         if not isinstance(record, RunCell):
@@ -117,7 +117,8 @@ def run_rows(found: Measured) -> list[Row]:
         if record.result is None:
             rows.append({**heading, record.status: record.error})
             continue
-        heading["bytes_per_step"] = record.result.cost.bytes_per_step
+        cost = record.result.cost
+        heading |= {"bytes_per_step": cost.bytes_per_step, "owner_share": cost.revealed_param_share.get("owner")}
         rows += [
             {**heading, "metric": name.rpartition("/")[2], **figure.model_dump()}
             for name, figure in record.result.utility.items()

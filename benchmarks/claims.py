@@ -99,7 +99,7 @@ def attacks(rows_of: Rows, markdown: Markdown) -> str:
         heading = [*names, told_phase(phase) or "–", told_knows(knows), row["attack"]]
         reason = next((key for key in WITHOUT_FIGURES if key in row), None)
         if reason or "nothing" in row:
-            told = [reason, row[reason]] if reason else ["recorded passes", _counted(row)]
+            told = [reason, row[reason]] if reason else ["recorded passes", counted(row)]
             lines.append([*heading, *told, "–", "–"])
             continue
         ends = row["ci95"]
@@ -162,9 +162,9 @@ def _place(order: Sequence[str], name: str | None) -> int:
 def _strongest(rows: list[Row]) -> list[str]:
     measured = [row for row in rows if "value" in row]
     if not measured:
-        counted = [_counted(row) for row in rows if "nothing" in row]
-        if counted:
-            return ["–", counted[0], "–", "–"]
+        crossed = [counted(row) for row in rows if "nothing" in row]
+        if crossed:
+            return ["–", crossed[0], "–", "–"]
         why = {"withheld": "withheld: a control failed", "failed": "the attack failed", "missing": "not measured"}
         told = next(why[key] for key in WITHOUT_FIGURES for row in rows if key in row)
         return [f"`{rows[0]['attack']}`", told, "–", "–"]
@@ -175,11 +175,11 @@ def _strongest(rows: list[Row]) -> list[str]:
     return [told, f"{worst['value']:.2f} ({interval}n = {worst['n']})", *controls]
 
 
-def _counted(row: Row) -> str:
+def counted(row: Row) -> str:
     """That nothing crossed, as it was counted."""
-    counted = row["nothing"]
-    returned = f"; {counted['returned']} message(s) with layers tuned on them" if counted["returned"] else ""
-    return f"nothing crossed: {counted['passes']} of {counted['passes'] + counted['others']} passes{returned}"
+    found = row["nothing"]
+    returned = f"; {found['returned']} message(s) with layers tuned on them" if found["returned"] else ""
+    return f"nothing crossed: {found['passes']} of {found['passes'] + found['others']} passes{returned}"
 
 
 def _headlines(rows: list[Row]) -> list[Row]:

@@ -89,28 +89,36 @@ def _sweep(which: str) -> str:
 def defences() -> str:
     """Accuracy, bytes and what the learned inverter finds, with defences at the cut and without."""
     rows = rows_of("defences")
-    found = {row["setting"].partition(";")[0]: row for row in rows if row.get("metric") == "rougeL"}
-    lines = [
-        [
-            row["setting"],
-            row["task"],
-            _accuracy(row),
-            f"{row['bytes_per_step'] / 1e3:,.0f} kB",
-            *_found(found.get(row["setting"])),
+    lines: list[list[str]] = []
+    for row in rows:
+        if not row.get("ci95") or "attack" in row:  # of a run: its other metrics have no interval
+            continue
+        own = [
+            each
+            for each in rows
+            if "attack" in each
+            and (each["study"], each["design"], each["task"]) == (row["study"], row["design"], row["task"])
+            and each["setting"].partition(";")[0] == row["setting"]
         ]
-        for row in sorted(rows, key=lambda row: -row.get("bytes_per_step", 0))
-        if "bytes_per_step" in row and row.get("ci95")
-    ]
-    head = ["setting", "task", "accuracy (95%)", "bytes a step", "ROUGE-L (95%)", "leaky control", "shuffled control"]
+        found = [_found([each for each in own if each["phase"] == phase]) for phase in ("tuning", "questions")]
+        crossed = "–" if row["bytes_per_step"] is None else f"{row['bytes_per_step'] / 1e3:,.0f} kB"
+        share = "–" if row["owner_share"] is None else f"{100 * row['owner_share']:.0f}%"
+        lines.append([f"`{row['design']}`", row["setting"], row["task"], share, _accuracy(row), crossed, *found])
+    head = ["design", "setting", "task", "at the owner", "accuracy (95%)", "bytes a step", "tuning texts", "questions"]
     return _markdown(head, lines)
 
 
-def _found(row: Row | None) -> list[str]:
-    if row is None:
-        return ["–"] * 3
-    low, high = row["ci95"]
-    shown = f"{row['value']:.2f} ({low:.2f}–{high:.2f})"
-    return [shown, f"{row['leaky_control']:.2f}", f"{row['shuffled_control']:.2f}"]
+def _found(rows: list[Row]) -> str:
+    """ROUGE-L with its interval and the two controls; or that nothing crossed, or why there is no figure."""
+    for row in rows:
+        if row.get("metric") == "rougeL":
+            low, high = row["ci95"]
+            return (
+                f"{row['value']:.2f} ({low:.2f}–{high:.2f}; {row['leaky_control']:.2f}, {row['shuffled_control']:.2f})"
+            )
+        if "nothing" in row:
+            return claims.counted(row)
+    return next((key for row in rows for key in claims.WITHOUT_FIGURES if key in row), "–")
 
 
 KNOBS: tuple[tuple[str, str, dict[str, float], tuple[str, str]], ...] = (

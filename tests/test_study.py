@@ -596,7 +596,7 @@ def test_versions_belong_to_the_digest(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_shipped_studies_can_be_read() -> None:
-    assert set(shipped_studies()) == {"small", "strong", "sweeps", "positions"}
+    assert set(shipped_studies()) == {"small", "strong", "sweeps", "positions", "deep"}
     small = read_study_file("small")
     assert {entry.design for entry in small.designs} >= {
         "local",
@@ -629,6 +629,18 @@ def test_the_study_of_positions_can_be_planned() -> None:
     assert 0 in sent
     assert len(set(sent)) == len(study.runs) > 2
     assert all(run.attacks for run in study.runs)
+
+
+@pytest.mark.slow
+def test_the_study_of_deep_cuts_compares_runs_that_differ_in_positions_alone() -> None:
+    study = plan_study(read_study_file("deep"))
+    for design in ("online", "offline"):
+        for task in ("commonsenseqa", "siqa"):
+            runs = [run for run in study.runs if (run.config.design, run.task) == (design, task)]
+            options = [dict(run.config.design_options[design]) for run in runs]
+            assert {each.pop("last_positions") for each in options} == {0, 6}
+            assert options[0] == options[1]
+            assert len({str(run.config.model_copy(update={"design_options": {}, "output": None})) for run in runs}) == 1
 
 
 # --- the directory and the records ------------------------------------------------------------------------------------
