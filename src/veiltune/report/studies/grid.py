@@ -68,12 +68,15 @@ def _html_cell(cell: Cell) -> str:
 def _html_text(cell: Cell) -> str:
     if cell.kind == "code":
         return "<br>".join(f"<code>{escape(line)}</code>" for line in cell.text.splitlines())
-    return "<br>".join(escape(line) if cell.kind else _html_line(line) for line in cell.text.splitlines())
+    if cell.kind:
+        return "<br>".join(escape(line) for line in cell.text.splitlines())
+    return "".join(_html_line(line) for line in cell.text.splitlines())
 
 
 def _html_line(line: str) -> str:
-    """A line; a short one, such as a figure with its interval, is not broken."""
-    return f'<span class="short">{escape(line)}</span>' if len(line) <= UNBROKEN else escape(line)
+    """A line; a short one, such as a figure with its interval, is not broken, and one that ends with a colon heads the next."""
+    kinds = ["line", *(["short"] if len(line) <= UNBROKEN else []), *(["heads"] if line.endswith(":") else [])]
+    return f'<span class="{" ".join(kinds)}">{escape(line)}</span>'
 
 
 def to_markdown(grid: Grid) -> str:

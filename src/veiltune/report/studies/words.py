@@ -7,6 +7,7 @@ import math
 from veiltune.report.comparison import SIMULATED, bytes_text, percent, spread_text
 from veiltune.report.studies.grid import Cell
 from veiltune.study_rows import Attacker, AttackRow, CostSummary, Exposure, Row, Uncrossed, Worst
+from veiltune.study_terms import told_knows, told_phase
 from veiltune.study_values import Absent, Estimate
 
 MINUS = "−"
@@ -51,21 +52,28 @@ def difference_cell(row: Row) -> Cell | Absent:
     return row.difference if isinstance(row.difference, Absent) else Cell(signed(row.difference))
 
 
-def worst_cell(who: Attacker, worst: Worst | Uncrossed | Absent) -> str:
-    """An attacker's strongest reconstruction in one line or two."""
-    if not isinstance(worst, Worst):
-        return f"{who}:\n{worst}" if who.phase or who.knows else f"{who.observer}: {worst}"
-    return f"{who}:\n{worst.metric} {estimated(worst.figure.estimate)}\nby {worst.by.label}"
+def _worst_lines(who: Attacker, worst: Worst | Uncrossed | Absent) -> list[str]:
+    """An attacker's strongest reconstruction. Of why there is none the beginning: the table of attacks has the whole."""
+    if isinstance(worst, Uncrossed):
+        return [str(worst)]
+    known = [f"knows {told_knows(who.knows)}"] if who.knows else []
+    if isinstance(worst, Absent):
+        return [f"{worst.status}{': ' * bool(worst.reason)}{worst.reason.partition(':')[0]}", *known]
+    return [f"{worst.metric} {estimated(worst.figure.estimate)}", ", ".join([f"by {worst.by.label}", *known])]
 
 
 def exposures_cell(row: Row) -> Cell | Absent:
-    """What every observer could read, each in its own lines."""
+    """What every observer could read of each kind of texts, below a line that says so and ends with a colon."""
     if row.facts.clear_to and not row.worst:
         return Cell(f"{', '.join(row.facts.clear_to)}: the text itself (by design, not attacked)", "loud")
     if not row.worst:
         return Absent("missing", "no attack")
     kind = "absent" if all(isinstance(each, Absent) for each in row.worst.values()) else ""
-    return Cell("\n".join(worst_cell(who, worst) for who, worst in row.worst.items()), kind)
+    groups: dict[str, list[str]] = {}
+    for who, worst in row.worst.items():
+        heading = ", ".join(part for part in (who.observer, told_phase(who.phase)) if part)
+        groups.setdefault(f"{heading}:", []).extend(_worst_lines(who, worst))
+    return Cell("\n".join(line for heading, lines in groups.items() for line in (heading, *lines)), kind)
 
 
 def exposure_text(exposure: Exposure | Absent) -> str:
