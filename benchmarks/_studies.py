@@ -109,10 +109,17 @@ def _rows(run: RunPlan, plan: AttackPlan, records: dict[str, RunCell | AttackCel
 def run_rows(found: Measured) -> list[Row]:
     """A row a run and metric of its task: accuracy, the bytes of a training step, and the share of the model at the owner."""
     rows: list[Row] = []
-    for record in found.records.values():
+    for plan in found.study.runs:
+        record = found.records.get(plan.cell)
+        heading: Row = {
+            "design": plan.config.design,
+            "setting": plan.setting,
+            "model": plan.config.model,
+            "task": plan.task,
+        }
         if not isinstance(record, RunCell):
+            rows.append({**heading, "missing": "not measured"})
             continue
-        heading = {name: getattr(record, name) for name in ("design", "setting", "model", "task")}
         heading["measured_at"] = record.measured_at[:10]
         if record.result is None:
             rows.append({**heading, record.status: record.error})

@@ -245,7 +245,10 @@ def test_a_right_model_scores_one_and_a_broken_one_does_not_stop_the_run(piqa: P
     assert broken.value < 1.0
 
 
-def test_evaluation_leaves_the_random_state_and_the_output_alone(piqa: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_leaves_the_random_state_and_the_output_alone(
+    piqa: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no repository, of which the harness would ask
     import numpy as np
 
     def reset() -> None:

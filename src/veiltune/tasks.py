@@ -328,6 +328,7 @@ def _offline_and_quiet(root: Path) -> Generator[None, None, None]:
                 (datasets.config, "HF_DATASETS_CACHE", root / "tasks" / "datasets"),
                 (lm_eval.api.task, "tqdm", _no_bar),
                 (lm_eval.evaluator, "add_env_info", _no_survey),
+                (lm_eval.evaluator, "get_git_commit_hash", lambda: None),  # git complains outside of a repository
             ):
                 stack.enter_context(mock.patch.object(place, name, value))
             stack.enter_context(mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}))
