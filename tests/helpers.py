@@ -196,9 +196,9 @@ def always_crosses(design: str, observer: str) -> set[str]:
     """Kinds of message that an observer gets in a session of this machine, whatever was agreed on.
 
     Services open sessions with words of their own (test_enclave_services); who gets the adapter is agreed on
-    (test_adapter_release).
+    (test_adapter_release); a key crosses where the enclave has a sealed copy of the weights (test_sealed_copy).
     """
-    by_choice = {"provider": {"AdapterTensors"}, "enclave": {"HandOver"}}.get(observer, set())
+    by_choice = {"provider": {"AdapterTensors"}, "enclave": {"HandOver", "ModelKey"}}.get(observer, set())
     return set(DESIGNS[design].reveals[observer]) - OPENED_SERVICE.keys() - by_choice
 
 

@@ -173,7 +173,7 @@ def _add_compare(verbs: Any, run: Command) -> None:
         verbs, "compare", run, "run designs, attacks and seeds of a study, and report; goes on where it stopped"
     )
     compare.add_argument(
-        "study", metavar="STUDY", help="a TOML file, or one that comes along: small, strong, sweeps, positions"
+        "study", metavar="STUDY", help="a TOML file, or one that comes along: small, strong, sweeps, positions, deep"
     )
     compare.add_argument("--output", type=Path, metavar="DIR", help="directory (default: veiltune-compare-STUDY)")
     compare.add_argument("--overwrite", action="store_true", help="forget what was measured there before")
