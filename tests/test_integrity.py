@@ -285,7 +285,7 @@ SEGMENTS_A_STEP = 4 + 3  # outputs, and gradients of all inputs but the first
 @pytest.mark.parametrize(
     ("placement", "share", "answers"),
     [
-        ("paper", 0.5, PRODUCTS_A_STEP),
+        pytest.param("paper", 0.5, PRODUCTS_A_STEP, marks=[pytest.mark.slow, pytest.mark.ci]),
         pytest.param("compact", 1.0, SEGMENTS_A_STEP, marks=[pytest.mark.slow, pytest.mark.ci]),
     ],
 )

@@ -653,7 +653,10 @@ def test_trunk_of_the_cut_is_what_the_tests_think() -> None:
     assert KEEP_ALL["layers"] == TRUNK
 
 
-@pytest.mark.parametrize("event", ["border", "step", "checkpoint"])
+@pytest.mark.parametrize(
+    "event",
+    [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.ci]) for name in ("border", "checkpoint")] + ["step"],
+)
 def test_a_supervisor_that_is_gone_leaves_no_state_of_another_step(
     event: str, tmp_path: Path, text: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

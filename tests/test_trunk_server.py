@@ -666,8 +666,16 @@ def with_four_owners(
 
 @pytest.mark.parametrize(
     ("design", "options"),
-    [("split", {}), ("split", {"server": {"activations": "recompute"}}), ("gradfree", {})],
-    ids=["split", "split recomputing", "gradfree"],
+    [
+        pytest.param("split", {}, id="split"),
+        pytest.param(
+            "split",
+            {"server": {"activations": "recompute"}},
+            id="split recomputing",
+            marks=[pytest.mark.slow, pytest.mark.ci],
+        ),
+        pytest.param("gradfree", {}, id="gradfree", marks=[pytest.mark.slow, pytest.mark.ci]),
+    ],
 )
 def test_four_owners_at_once_have_the_losses_that_each_has_alone(
     design: str, options: dict[str, Any], tmp_path: Path
