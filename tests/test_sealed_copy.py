@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import PROBE_IDS, flipped, make_config, model_directory, run
+from helpers import PROBE_IDS, flipped, make_config, model_directory, run, tensors_of, transcripts
 from test_attest_verbs import LAX
-from test_enclave_services import SERVICES, organisations, ran
+from test_enclave_services import organisations, ran
 from veiltune.errors import CheckpointError, ModelError, VeiltuneError
 from veiltune.models.sources import resolve_model
 from veiltune.parties import Job
@@ -90,15 +90,21 @@ def test_no_plain_weights_are_written(design: str, container: Path, tmp_path: Pa
 
 def test_it_can_be_provisioned_in_the_dtype_it_is_stored_in(container: Path, tmp_path: Path) -> None:
     """What a host is handed is the same to the byte, whether the weights were streamed or opened."""
-    bytes_to_host = []
+    handed: list[list[dict[str, torch.Tensor]]] = []
     for copy in (None, copied(container)):
         enclave = {} if copy is None else {"sealed_model": str(copy)}
         output = tmp_path / ("copy" if copy else "streamed")
-        config = make_config(
-            "veil", f"sealed:{container}", output, enclave=enclave, dtype="bfloat16", veil={"key_seed": 3}
+        tables = {"enclave": enclave, "session": {"record": ["host"]}, "veil": {"key_seed": 3}}
+        run(
+            make_config("veil", f"sealed:{container}", output, dtype="bfloat16", **tables),
+            Job(verb="provision", native=True),
         )
-        bytes_to_host.append(run(config, Job(verb="provision", native=True)).traffic["enclave->host"]["TrunkShard"])
-    assert bytes_to_host[0] == bytes_to_host[1]
+        handed.append([dict(tensors_of(m)) for _, m in transcripts(output, "host") if type(m).__name__ == "TrunkShard"])
+    streamed, opened = handed
+    assert streamed
+    assert [shard.keys() for shard in streamed] == [shard.keys() for shard in opened]
+    for shard, other in zip(streamed, opened, strict=True):
+        assert all(value.dtype == torch.bfloat16 and torch.equal(value, other[name]) for name, value in shard.items())
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -201,9 +207,7 @@ def test_services_of_which_the_provider_alone_has_a_key(
             record = json.loads(out)
             assert record["loss"] == made.expected(attempt)
             assert "WeightShard" not in json.dumps(record["cost"]["messages"])
-            assert "key_handed_over" in made.programs["provider"].names() | {
-                made.programs["provider"].wait_for("key_handed_over")["event"]
-            }
+            assert made.programs["provider"].wait_for("key_handed_over")
             if attempt == "owner":
                 made.programs["enclave"].end(signal.SIGKILL)
                 made.start("enclave")
@@ -211,4 +215,3 @@ def test_services_of_which_the_provider_alone_has_a_key(
         code, _, err = ran(["tune", made.owner("third")])
         assert code != 0
         assert "was altered or moved" in err
-        assert set(made.programs) == set(SERVICES)
