@@ -102,10 +102,7 @@ def attacks(rows_of: Rows, markdown: Markdown) -> str:
             told = [reason, row[reason]] if reason else ["recorded passes", counted(row)]
             lines.append([*heading, *told, "–", "–"])
             continue
-        ends = row["ci95"]
-        interval = "" if ends is None else f" ({ends[0]:.2f}–{ends[1]:.2f})"
-        controls = [f"{row[name]:.2f}" for name in ("leaky_control", "shuffled_control")]
-        lines.append([*heading, row["metric"], f"{row['value']:.2f}{interval}", *controls])
+        lines.append([*heading, row["metric"], figure(row), *controls(row)])
     head = ["design", "setting", "observer", "after", "knows besides", "attack", "metric", "value (95%)"]
     return markdown([*head, "leaky", "shuffled"], lines)
 
@@ -169,10 +166,20 @@ def _strongest(rows: list[Row]) -> list[str]:
         told = next(why[key] for key in WITHOUT_FIGURES for row in rows if key in row)
         return [f"`{rows[0]['attack']}`", told, "–", "–"]
     worst = max(measured, key=lambda row: row["value"])
-    interval = "" if worst["ci95"] is None else f"{worst['ci95'][0]:.2f}–{worst['ci95'][1]:.2f}, "
     told = "; ".join([f"`{worst['attack']}`", *(part.strip() for part in worst["setting"].split(";")[1:])])
-    controls = [f"{worst[name]:.2f}" for name in ("leaky_control", "shuffled_control")]
-    return [told, f"{worst['value']:.2f} ({interval}n = {worst['n']})", *controls]
+    return [told, figure(worst, f"n = {worst['n']}"), *controls(worst)]
+
+
+def figure(row: Row, *more: str) -> str:
+    """A value, in brackets its interval of 95%, if it has one, and what else is told of it."""
+    ends = [] if row["ci95"] is None else ["–".join(f"{end:.2f}" for end in row["ci95"])]
+    told = ", ".join([*ends, *more])
+    return f"{row['value']:.2f} ({told})" if told else f"{row['value']:.2f}"
+
+
+def controls(row: Row) -> list[str]:
+    """The leaky and the shuffled one."""
+    return [f"{row[name]:.2f}" for name in ("leaky_control", "shuffled_control")]
 
 
 def counted(row: Row) -> str:

@@ -112,10 +112,7 @@ def _found(rows: list[Row]) -> str:
     """ROUGE-L with its interval and the two controls; or that nothing crossed, or why there is no figure."""
     for row in rows:
         if row.get("metric") == "rougeL":
-            low, high = row["ci95"]
-            return (
-                f"{row['value']:.2f} ({low:.2f}–{high:.2f}; {row['leaky_control']:.2f}, {row['shuffled_control']:.2f})"
-            )
+            return claims.figure(row, f"controls {' and '.join(claims.controls(row))}")
         if "nothing" in row:
             return claims.counted(row)
     return next((key for row in rows for key in claims.WITHOUT_FIGURES if key in row), "–")
@@ -146,8 +143,7 @@ def _strongest(rows: list[Row]) -> str:
     texts = [row for row in rows if row.get("metric") == "rougeL"]
     if texts:
         worst = max(texts, key=lambda row: row["value"])
-        low, high = worst["ci95"]
-        return f"`{worst['attack']}` {worst['value']:.2f} ({low:.2f}–{high:.2f})"
+        return f"`{worst['attack']}` {claims.figure(worst)}"
     why = [key for row in rows for key in claims.WITHOUT_FIGURES if key in row]
     return f"`{rows[0]['attack']}` {why[0]}" if why else "–"
 

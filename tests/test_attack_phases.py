@@ -20,6 +20,7 @@ from veiltune.evaluation import RESULT
 from veiltune.evaluation.asked import ASKED, keep_asked, read_asked
 from veiltune.evaluation.attacking import attack_run
 from veiltune.evaluation.disclosure import statement
+from veiltune.evaluation.truth import TrueRow, drawn
 from veiltune.parties.party import Job
 from veiltune.results import read_result
 from veiltune.study_terms import ALL_KNOWS, ALL_PHASES
@@ -252,3 +253,14 @@ def test_an_ancestor_is_copied_into_a_model_only_where_its_blocks_are_run(
     assert "ancestor_model" in procrustes.takes("veil", 1)
     assert "ancestor_model" not in procrustes.takes("veil", 0)
     assert ("base_weights" in plaintext.takes("veil", 1), "base_weights" in plaintext.takes("veil", 0)) == (True, False)
+
+
+def test_questions_are_drawn_whatever_the_order_they_were_asked_in() -> None:
+    """The scorer asks in order of length. Means of the first twelve of 400, over 20 seeds, lie about the mean of all."""
+    asked = [TrueRow(number, 0, (1,) * (5 + number), (1,), (0,)) for number in range(400)]
+    assert drawn(asked, 3) == drawn(asked, 3)
+    assert sorted(row.number for row in drawn(asked, 3)) == list(range(400))
+    means = [sum(row.number for row in drawn(asked, seed)[:12]) / 12 for seed in range(20)]
+    deviation = 400 / (12 * 12) ** 0.5  # of a mean of 12 numbers spread evenly over 0 to 400
+    assert all(abs(mean - 199.5) < 4 * deviation for mean in means)
+    assert len({round(mean) for mean in means}) > 10

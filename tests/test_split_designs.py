@@ -21,6 +21,7 @@ from helpers import exported_adapter, relative_error, run, transcripts, tuned, w
 from veiltune.designs import DESIGNS
 from veiltune.errors import ConfigError, PeerLostError
 from veiltune.models.emulators import build
+from veiltune.models.families import find_family
 from veiltune.parties.party import Job, Party
 from veiltune.privacy.quantisation import WireCodec, WireOptions
 from veiltune.session import PartyFailure
@@ -214,6 +215,27 @@ def test_any_cut_is_local_training_of_its_layers(bottom: int, top: int, tmp_path
     expected = tuned(plainly("split", tmp_path / "local", data=text, train=train, cut=cut))["loss"]
     losses = tuned(cut_config("split", tmp_path / "run", data=text, train=train, cut=cut))["loss"]
     assert largest_difference(losses, expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_owners_layers_alone_are_the_model_without_the_others(family: str, tmp_path: Path) -> None:
+    """`local.layers = "alone"` against a shorter model: logits, training and generation with a KV cache."""
+    model = plain(deep_model(family))
+    blocks = model.get_submodule(find_family(model.config).blocks)
+    del blocks[3:]
+    model.config.num_hidden_layers = 3
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:3]
+    shorter = tmp_path / "shorter"
+    model.save_pretrained(shorter)
+    helpers.byte_tokenizer().save_pretrained(shorter)
+    cut = {"bottom_layers": 3, "top_layers": 0}
+    expected = probed(cut_config("local", tmp_path / "local", str(shorter), cut=CUT), generate=8)
+    alone = cut_config("local", tmp_path / "alone", deep_model(family), cut=cut, local={"layers": "alone"})
+    actual = probed(alone, generate=8)
+    assert same_bits(actual, expected)
+    whole = probed(plainly("split", tmp_path / "whole", deep_model(family), cut=cut))
+    assert relative_error(whole["logits"], expected["logits"]) > 1e-3, "the trunk does nothing"
 
 
 @every_design

@@ -634,11 +634,13 @@ def test_the_study_of_positions_can_be_planned() -> None:
 @pytest.mark.slow
 def test_the_study_of_deep_cuts_compares_runs_that_differ_in_positions_alone() -> None:
     study = plan_study(read_study_file("deep"))
-    for design in ("online", "offline"):
+    for design in ("online", "offline", "gradfree"):
         for task in ("commonsenseqa", "siqa"):
             runs = [run for run in study.runs if (run.config.design, run.task) == (design, task)]
             options = [dict(run.config.design_options[design]) for run in runs]
-            assert {each.pop("last_positions") for each in options} >= {0, 6}
+            sent = {each.pop("last_positions") for each in options}
+            assert 0 in sent
+            assert len(sent) > 1
             assert all(each == options[0] for each in options)
             assert len({str(run.config.model_copy(update={"design_options": {}, "output": None})) for run in runs}) == 1
 

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from veiltune.checkpoints import StateStore
 from veiltune.config import Config, Section
 from veiltune.designs.base import ENGINE_REVEALS, OWNER_REVEALS, PROVIDER_REVEALS, Design
 from veiltune.engine import Engine, ParameterBackend
-from veiltune.models.cut import Cut
+from veiltune.models.cut import Cut, empty_slots
 from veiltune.models.families import find_family
 from veiltune.models.precision import round_between_operations
 from veiltune.models.rotated import compute_norms_in_float64
@@ -31,9 +31,10 @@ from veiltune.tuner import serve
 class LocalOptions(Section):
     """The table ``[local]``."""
 
-    layers: Literal["all", "owner", "top"] = Field(
+    layers: Literal["all", "owner", "top", "alone"] = Field(
         default="all",
-        description="blocks that are trained: all, the owner's under [cut], or its top ones (baselines of split designs)",
+        description="blocks that are trained: all, the owner's under [cut], or its top ones (baselines of split designs); "
+        "alone: the owner's, with the trunk left out of the model (what it can do without a provider)",
     )
     norms: Literal["library", "precise"] = Field(
         default="library",
@@ -55,6 +56,8 @@ def run_host(party: Party) -> None:
     if dtype == torch.float64 and getattr(party.options, "norms", "library") == "precise":
         compute_norms_in_float64(model, family)
     layers = trained_layers(config, model_config, party.options)
+    if party.options.layers == "alone":
+        empty_slots(model, family, [each for each in range(model_config.num_hidden_layers) if each not in layers])
     parameters = make_trainable(model, family, layers, config.lora, config.train.method, dtype=dtype, device=device)
     if rounded:
         round_between_operations(model)
@@ -74,11 +77,11 @@ def trained_layers(config: Config, model_config: Any, options: Any) -> Sequence[
     if options.layers == "all":
         return range(model_config.num_hidden_layers)
     cut = Cut.of(model_config, config.cut.bottom_layers, config.cut.top_layers)
-    return cut.owner_layers if options.layers == "owner" else cut.top
+    return cut.top if options.layers == "top" else cut.owner_layers
 
 
-def _exact(_: BaseModel) -> bool:
-    return True
+def _exact(options: Any) -> bool:
+    return options.layers != "alone"
 
 
 _join = partial(join, trainer="host", attested=False)
@@ -99,7 +102,7 @@ LOCAL = Design(
     enclaves=frozenset(),
     reveals={"owner": OWNER_REVEALS, "provider": PROVIDER_REVEALS, "host": ENGINE_REVEALS},
     also_sees={"host": ("every weight, every token, the adapter and every gradient, in the clear",)},
-    exactness="it is the plain computation",
+    exactness="it is the plain computation, unless the trunk is left out of it",
     is_exact=_exact,
     methods=frozenset({"lora", "full"}),
 )

@@ -38,6 +38,7 @@ __all__ = [
     "TruePass",
     "TrueRow",
     "distinct_rows",
+    "drawn",
     "scorer_reads",
     "true_passes",
 ]
@@ -280,3 +281,9 @@ def distinct_rows(passes: dict[int, TruePass], moment: Moment) -> list[TrueRow]:
             prompt = tokens[: labelled[0]] if labelled and labelled[0] else tokens
             chosen.setdefault(prompt, TrueRow(number, index, tokens, prompt, tuple(labels[: len(tokens)].tolist())))
     return list(chosen.values())
+
+
+def drawn(rows: Sequence[TrueRow], seed: int) -> list[TrueRow]:
+    """Sequences in an order drawn with ``seed``: the scorer asks in order of length, so its first few are like no others."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [rows[index] for index in order]

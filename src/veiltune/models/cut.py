@@ -176,13 +176,18 @@ def _with_empty_slots(config: Any, cut: Cut, empty: Sequence[int]) -> nn.Module:
             f"the cut is of a model of {cut.num_layers} blocks, this one has {config.num_hidden_layers}",
             hint="make the cut from the configuration of this model",
         )
+    empty_slots(model, family, empty)
+    return model
+
+
+def empty_slots(model: nn.Module, family: Family, indices: Sequence[int]) -> None:
+    """Leave blocks out of a model: what enters these slots goes on to the next. No path of the others changes."""
     slots = model.get_submodule(family.blocks)
-    for index in empty:
+    for index in indices:
         setattr(slots, str(index), PassThrough(index))
     decoder: Any = model.get_submodule(family.decoder)
     if hasattr(decoder, "layerdrop"):
         decoder.layerdrop = 0.0
-    return model
 
 
 class Trunk:
