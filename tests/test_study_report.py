@@ -104,6 +104,21 @@ def test_the_baseline_trains_the_same_layers_and_is_of_the_same_task() -> None:
     assert one(records, "all", "local").difference is None
 
 
+def test_a_model_without_its_trunk_is_held_against_the_baseline_and_is_none() -> None:
+    alone = run_cell("local", "alone", value=0.2, options={"layers": "alone"})
+    records = [
+        alone,
+        run_cell("local", "owner", value=0.4, options={"layers": "owner"}),
+        run_cell("gradfree", value=0.35),
+    ]
+    found = one(records, "alone", "local")
+    assert found.baseline == "owner"
+    assert isinstance(found.difference, Estimate)
+    assert found.difference.value == pytest.approx(-0.2)
+    assert one(records, "", "gradfree").baseline == "owner"
+    assert isinstance(one([alone, run_cell("gradfree", value=0.35)], "", "gradfree").difference, Absent)
+
+
 def test_without_an_unprotected_run_there_is_no_difference() -> None:
     found = one([run_cell("online")]).difference
     assert isinstance(found, Absent)

@@ -154,6 +154,13 @@ def test_an_approximate_design_fails_and_the_hint_says_that_it_claims_no_more(de
     assert f"{design} does not claim to be: approximate" in str(raised.value.hint)
 
 
+def test_a_model_without_its_trunk_does_not_claim_to_be_the_plain_one() -> None:
+    found = checked(DEEP, *CUT, "local.layers=alone", design="local")
+    with pytest.raises(ExactnessError) as raised:
+        found.require()
+    assert "local does not claim to be" in str(raised.value.hint)
+
+
 def test_a_conditioned_key_keeps_to_its_own_bound_and_not_to_the_orthogonal_one() -> None:
     own = checked("opt", *CONDITIONED)
     own.require()

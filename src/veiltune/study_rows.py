@@ -240,6 +240,11 @@ class Row:
         return self.design if self.setting in {"", self.design} else f"{self.design}: {self.setting}"
 
     @property
+    def is_baseline(self) -> bool:
+        """It is the plain model in the clear, whichever of its layers were trained; one without its trunk is not."""
+        return self.design == "local" and self.options.get("layers") != "alone"
+
+    @property
     def exposure(self) -> Exposure | Absent:
         """The strongest reconstruction by anyone of anything: what the strongest knowledge gives."""
         return self.exposure_to()

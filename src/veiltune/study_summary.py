@@ -219,11 +219,11 @@ def _revealed(costs: Sequence[Cost]) -> dict[str, float]:
 def _compared(row: Row, rows: Sequence[Row]) -> Row:
     """The row with the unprotected one that it is compared with: trained on the same layers, else on any.
 
-    `local` itself is compared with nothing.
+    A baseline itself is compared with nothing.
     """
-    if row.design == "local":
+    if row.is_baseline:
         return row
-    plain = [each for each in rows if (each.model, each.task, each.design) == (row.model, row.task, "local")]
+    plain = [each for each in rows if each.is_baseline and (each.model, each.task) == (row.model, row.task)]
     measured = [each for each in plain if isinstance(each.utility, Estimate)]
     same = [each for each in measured if each.options.get("layers", "all") == row.facts.trained]
     chosen = next(iter([*same, *measured]), None)

@@ -76,7 +76,7 @@ def utilities(model: str, rows: Sequence[Row]) -> Grid:
             shown(estimate_cell(row.utility)),
             _count(row.utility),
             shown(difference_cell(row)),
-            "" if row.design == "local" else row.baseline or shown(None),
+            "" if row.is_baseline else row.baseline or shown(None),
             shown(estimate_cell(row.before)) if row.before else "not asked for",
             shown(estimate_cell(row.on_emulator)) if row.on_emulator else "",
             status_cell(row),
