@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -44,7 +44,7 @@ class LocalOptions(Section):
 
 def run_host(party: Party) -> None:
     """The host of `local`: plain weights, plain text, the training engine."""
-    config = party.config
+    config, options = party.config, cast("LocalOptions", party.options)
     torch.manual_seed(config.seed)  # dropout's; a new process's generator starts anywhere
     device = resolve_device(config.device)
     dtype, rounded = compute_dtype(config.dtype, device)
@@ -53,10 +53,10 @@ def run_host(party: Party) -> None:
     model = empty_model(model_config)
     receive_weights(party.links["provider"], model, dtype, device)
     family = find_family(model_config)
-    if dtype == torch.float64 and getattr(party.options, "norms", "library") == "precise":
+    if dtype == torch.float64 and options.norms == "precise":
         compute_norms_in_float64(model, family)
-    layers = trained_layers(config, model_config, party.options)
-    if party.options.layers == "alone":
+    layers = trained_layers(config, model_config, options)
+    if options.layers == "alone":
         empty_slots(model, family, [each for each in range(model_config.num_hidden_layers) if each not in layers])
     parameters = make_trainable(model, family, layers, config.lora, config.train.method, dtype=dtype, device=device)
     if rounded:
@@ -68,7 +68,7 @@ def run_host(party: Party) -> None:
     serve(party.links["owner"], engine.handle, Goodbye)
 
 
-def trained_layers(config: Config, model_config: Any, options: Any) -> Sequence[int]:
+def trained_layers(config: Config, model_config: Any, options: LocalOptions) -> Sequence[int]:
     """Indices of the blocks that are trained.
 
     Raises:
