@@ -1,10 +1,10 @@
 """What a defence at the cut is worth: accuracy and bytes beside what the strongest attack finds, with it and without.
 
 The runs and attacks are those of two studies of SmolLM2-135M (`veiltune compare`). `positions`: `online` with six blocks below
-and six above the trunk, sending every position, or of each row its first and its last 16, 8 or 2. `deep`: `online` and `offline`
-with 24 blocks below a trunk of six, every position or the first and the last six or four. The attack is the learned inverter,
-which knows the defence: it learns with the same positions left out and guesses every token. Quickly: one number of positions of
-`online`, two steps.
+and six above the trunk, sending every position, or of each row its first and its last 16, 8 or 2. `deep`: `online`, `offline`
+and `gradfree` with a trunk of six blocks, every position or the first and the last few, and what the owner's layers reach
+without the trunk. The attack is the learned inverter, which knows the defence: it learns with the same positions left out and
+guesses every token. Quickly: one number of positions of `online`, two steps.
 """
 
 from __future__ import annotations
