@@ -385,14 +385,18 @@ def test_privacy_is_one_less_reconstruction_with_its_interval_turned() -> None:
     assert left_out == ["split (missing: no attack)"]
 
 
-@pytest.mark.parametrize(("settings", "numbered"), [(3, False), (24, True)], ids=["few", "many"])
-def test_labels_cover_neither_one_another_nor_a_marker(settings: int, numbered: bool) -> None:
+@pytest.mark.parametrize(
+    ("settings", "width", "numbered"),
+    [(3, 6.4, False), (24, 6.4, True), (24, 5.2, True)],
+    ids=["few", "many", "many and narrow"],
+)
+def test_labels_cover_neither_one_another_nor_a_marker(settings: int, width: float, numbered: bool) -> None:
     records = []
     for at in range(settings):
-        run = run_cell("online", f"a rather long name of setting {at}", value=0.4 + 0.004 * (at % 5))
+        run = run_cell("online", f"a rather long name of setting {at}, 12 + 12 blocks", value=0.4 + 0.004 * (at % 5))
         records += [run, attack_cell(run, value=0.3 + 0.025 * at)]
     (panel,) = pareto.panels_of(TASK, summarise(records))
-    picture = pareto.draw([panel])
+    picture = pareto.draw([panel], width=width)
     renderer = picture.canvas.get_renderer()
     texts = [each for each in picture.axes[0].texts if each.get_text()]
     assert len(texts) == settings

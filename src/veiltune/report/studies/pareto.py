@@ -25,6 +25,9 @@ _A: Mapping[Knows, str] = {"public_ancestor": "a "}
 SMALLEST, LARGEST = 40.0, 420.0
 """Areas of markers, in square points."""
 
+CHARACTER = 0.09
+"""Inches of one in the key, generously: two columns of names that are too long for the panel would leave it no width."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -163,12 +166,14 @@ def _figure(
     """The figure without labels, its layout settled, and what is to be labelled in each panel."""
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    most = max(len(panel.rows) for panel in panels) if numbered else 0
-    height = 5.8 + 0.2 * math.ceil(most / 2)
+    labels = [[row.label for row in panel.rows] for panel in panels] if numbered else [[]]
+    longest = max((len(label) for each in labels for label in each), default=0)
+    ncols = 1 if 2 * CHARACTER * (longest + 6) > width else 2
+    height = 5.8 + 0.2 * math.ceil(max(map(len, labels)) / ncols)
     picture = new_figure(width * columns, height * lines, paper)
     looks = looks_of([row.design for panel in panels for row in panel.rows])
     drawn = [
-        (axes, _panel(axes, panel, looks, numbered=numbered))
+        (axes, _panel(axes, panel, looks, numbered=numbered, ncols=ncols))
         for index, panel in enumerate(panels)
         for axes in [picture.add_subplot(lines, columns, index + 1)]
     ]
@@ -177,7 +182,7 @@ def _figure(
     return picture, drawn
 
 
-def _panel(axes: Any, panel: Panel, looks: dict[str, Look], *, numbered: bool) -> list[Anchor]:
+def _panel(axes: Any, panel: Panel, looks: dict[str, Look], *, numbered: bool, ncols: int) -> list[Anchor]:
     points, _ = points_of(panel)
     dress(axes)
     heading = "\n".join(part for part in (panel.name, panel.attackers) if part)
@@ -191,7 +196,7 @@ def _panel(axes: Any, panel: Panel, looks: dict[str, Look], *, numbered: bool) -
     _limits(axes, points)
     _front_line(axes, points)
     anchors = [_marker(axes, point, points, looks[point.design]) for point in points]
-    _legend(axes, points, anchors if numbered else ())
+    _legend(axes, points, anchors if numbered else (), ncols)
     return anchors
 
 
@@ -241,7 +246,7 @@ def marker_area(num_bytes: float | None, everyone: Sequence[float | None]) -> fl
     return SMALLEST + share * (LARGEST - SMALLEST)
 
 
-def _legend(axes: Any, points: Sequence[Point], numbered: Sequence[Anchor]) -> None:
+def _legend(axes: Any, points: Sequence[Point], numbered: Sequence[Anchor], ncols: int) -> None:
     """What the smallest and the largest marker stand for, the other signs, and the names of numbered points."""
     known = sorted(point.num_bytes for point in points if point.num_bytes is not None)
     handles = [axes.plot([], [], color=INK, linewidth=1.2, linestyle=(0, (5, 3)), alpha=0.6, label="front")[0]]
@@ -264,7 +269,7 @@ def _legend(axes: Any, points: Sequence[Point], numbered: Sequence[Anchor]) -> N
         handles=handles,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.14),
-        ncols=2,
+        ncols=ncols,
         frameon=False,
         fontsize=10,
         labelcolor=INK,
