@@ -409,6 +409,9 @@ def test_labels_cover_neither_one_another_nor_a_marker(settings: int, width: flo
     if numbered:
         names = [each.get_text() for each in picture.axes[0].get_legend().get_texts()]
         assert sum("a rather long name" in name for name in names) == settings
+        key = picture.axes[0].get_legend().get_window_extent(renderer)
+        assert picture.bbox.contains(key.x0, key.y0)
+        assert picture.bbox.contains(key.x1, key.y1)
 
 
 def test_a_larger_marker_moves_more_bytes() -> None:

@@ -169,15 +169,17 @@ def _figure(
     labels = [[row.label for row in panel.rows] for panel in panels] if numbered else [[]]
     longest = max((len(label) for each in labels for label in each), default=0)
     ncols = 1 if 2 * CHARACTER * (longest + 6) > width else 2
-    height = 5.8 + 0.2 * math.ceil(max(map(len, labels)) / ncols)
+    height = 5.8 + (2 - ncols) * 0.8 + 0.2 * math.ceil(max(map(len, labels)) / ncols)
     picture = new_figure(width * columns, height * lines, paper)
+    picture.get_layout_engine().set(h_pad=0.16)  # inches: text is a little taller at other resolutions
     looks = looks_of([row.design for panel in panels for row in panel.rows])
     drawn = [
         (axes, _panel(axes, panel, looks, numbered=numbered, ncols=ncols))
         for index, panel in enumerate(panels)
         for axes in [picture.add_subplot(lines, columns, index + 1)]
     ]
-    picture.canvas.draw()
+    for _ in range(2):  # the key hangs by a share of the axes' height, which the first layout changes
+        picture.canvas.draw()
     picture.set_layout_engine("none")
     return picture, drawn
 
