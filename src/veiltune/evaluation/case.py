@@ -195,9 +195,10 @@ def load_case(run: Path, config: Config, attack: Attack, wanted: Wanted, say: Sa
     model = checkpoint.load_plain(torch.float32)
     told_by = "text" if enclave_layers(config) else "place" if EmbeddingTable(model).has_positions else "token"
     others = _other_texts(config, tokenizer, wanted.limit) if phase == "generation" else []
-    crossed = distinct_rows(passes, wanted.moment)
-    crossed = crossed if phase in {"tuning", "generation"} else drawn(crossed, wanted.seed)
-    rows, known, known_rows = _chosen(crossed, attack, wanted.limit, told_by, alone=bool(others))
+    candidates = distinct_rows(passes, wanted.moment)
+    if phase in {"validation", "questions"}:  # in the order of a file, or of length
+        candidates = drawn(candidates, wanted.seed)
+    rows, known, known_rows = _chosen(candidates, attack, wanted.limit, told_by, alone=bool(others))
     targets: dict[int, list[int]] = {}
     for row in rows:
         targets.setdefault(row.number, []).append(row.row)

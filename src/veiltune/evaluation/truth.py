@@ -22,6 +22,7 @@ from veiltune.attacks.passes import (
     places_of,
     whole_passes,
 )
+from veiltune.batching import epoch_order
 from veiltune.config import Config
 from veiltune.designs import DESIGNS
 from veiltune.errors import UserError
@@ -285,5 +286,4 @@ def distinct_rows(passes: dict[int, TruePass], moment: Moment) -> list[TrueRow]:
 
 def drawn(rows: Sequence[TrueRow], seed: int) -> list[TrueRow]:
     """Sequences in an order drawn with ``seed``: the scorer asks in order of length, so its first few are like no others."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [rows[index] for index in order]
+    return [rows[index] for index in epoch_order(len(rows), seed, epoch=0)]
