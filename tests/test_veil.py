@@ -208,7 +208,7 @@ def test_gains_of_any_size_leave_the_optimiser_to_the_host(tmp_path: Path) -> No
         save_file(tensors, shard, metadata={"format": "pt"})
     data = {"train": str(write_examples(tmp_path / "train.jsonl", 16))}
     train = {"steps": 8, "optimizer": "adamw", "learning_rate": 3e-3, "batch_size": 4}
-    options = {"optimizer_at": "host", "enclave_layers": 0}
+    options = {"optimizer_at": "host", "enclave_layers": 0, "key_seed": 5}  # draws differ: docs/log.md
     config = make_config("veil", str(directory), tmp_path / "veil", data=data, train=train, veil=options)
     losses = tuned(config)["loss"]
     assert losses[-1] < losses[0]
