@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import helpers
 from cutting import cut_config, deep_model
 from helpers import make_config
 from recording import Record, attacked, recorder, write_letters, write_questions
 from veiltune.attacks import ATTACKS, make_attack
+from veiltune.attacks.passes import every_row, joined, masked_first_states
 from veiltune.config import Config
 from veiltune.errors import DataError, UserError
-from veiltune.evaluation import RESULT
+from veiltune.evaluation import RESULT, hosted
 from veiltune.evaluation.asked import ASKED, keep_asked, read_asked
 from veiltune.evaluation.attacking import attack_run
+from veiltune.evaluation.case import Case, Wanted, load_case, run_config
 from veiltune.evaluation.disclosure import statement
-from veiltune.evaluation.truth import TrueRow, drawn
+from veiltune.evaluation.truth import TruePass, TrueRow, drawn
+from veiltune.evaluation.unprotected import unprotected
 from veiltune.parties.party import Job
 from veiltune.results import read_result
 from veiltune.study_terms import ALL_KNOWS, ALL_PHASES
@@ -124,6 +128,26 @@ def test_a_host_attacks_questions_and_generations_too(name: str, attack: str, re
     (recovery,) = (each for each in found.findings if each.metric == "token_recovery")
     assert recovery.value >= 0.95
     assert recovery.n == len(truths) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_without_protection_the_host_sees_every_phase_bare(name: str, recorded: Record) -> None:
+    """Who counts equal states counts those of all phases; were one still under a key, its tokens would count as others."""
+    run = recorded(name)
+    attack, corpus = make_attack("codebook", {}), str(run.parent / "public.jsonl")
+    case = load_case(run, run_config(run), attack, Wanted("tuning", "first", 4, 0, corpus), lambda _: None)
+    assert isinstance(case, Case)
+    assert {*case.passes}.isdisjoint(case.beside)
+    tokens = [token for text in hosted.texts_of({**case.beside, **case.passes}) for token in text]
+
+    def distinct(beside: dict[int, TruePass]) -> int:
+        bare = unprotected(case.view, case.model, case.passes, case.config.cut, beside=beside)
+        rows = torch.cat(joined(masked_first_states(every_row(bare))))
+        assert len(rows) == len(tokens)
+        return len(rows.mul(1e4).round().unique(dim=0))
+
+    assert distinct(case.beside) == len(set(tokens))
+    assert distinct({}) > len(set(tokens))
 
 
 def test_without_a_phase_the_first_that_crossed_is_attacked(recorded: Record) -> None:

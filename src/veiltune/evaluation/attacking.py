@@ -117,11 +117,11 @@ def _attempts(case: Case, corpus: str | None, say: Say) -> tuple[Reconstruction,
     view = case.view
     if case.phase == "generation":  # a generation's first message stands for the whole of it
         view = view.only(lambda number, message: number in case.passes or not hasattr(message, "cache_id"))
-    bare = unprotected(view, case.model, case.passes, case.config.cut, layers)
+    bare = unprotected(view, case.model, case.passes, case.config.cut, layers, beside=case.beside)
     if attack.leaky_settings:
         auxiliary = _auxiliary(case, dataclasses.replace(attack, **attack.leaky_settings), corpus, say)
     if attack.leaky_knows_text:
-        auxiliary = dataclasses.replace(auxiliary, corpus=texts_of(case.passes))
+        auxiliary = dataclasses.replace(auxiliary, corpus=texts_of({**case.beside, **case.passes}))
     return found, attack.leaky(bare, auxiliary, torch.Generator().manual_seed(case.seed))
 
 

@@ -51,6 +51,7 @@ class Case:
         tokenizer: its own.
         view: the attack's, aimed at ``rows``.
         passes: the truth of the phase.
+        beside: the truth of other phases' passes in the view, where what crosses is states at a host.
         rows: sequences in the order of the view.
         known: pairs that the attacker is given.
         known_rows: how many sequences those take.
@@ -66,6 +67,7 @@ class Case:
     tokenizer: Any
     view: View
     passes: dict[int, TruePass]
+    beside: dict[int, TruePass]
     rows: list[TrueRow]
     known: list[tuple[int, int, int]]
     known_rows: int
@@ -185,7 +187,7 @@ def load_case(run: Path, config: Config, attack: Attack, wanted: Wanted, say: Sa
         texts = public_corpus(config, tokenizer, (), wanted.corpus, lambda _: None)
         held_out = [text[:HELD_OUT_LENGTH] for text in texts[-wanted.limit :]]
         model = checkpoint.load_plain(torch.float32)
-        return Case(attack, config, None, model, tokenizer, view, {}, [], [], 0, wanted.seed, held_out, [])
+        return Case(attack, config, None, model, tokenizer, view, {}, {}, [], [], 0, wanted.seed, held_out, [])
     recorded = Recorded(whole, config, tokenizer, longest, read_asked(run))
     phase = _phase(attack, recorded, wanted.phase)
     if phase in {"tuning", "validation"} and DESIGNS[config.design].tunes_apart:
@@ -203,7 +205,11 @@ def load_case(run: Path, config: Config, attack: Attack, wanted: Wanted, say: Sa
     for row in rows:
         targets.setdefault(row.number, []).append(row.row)
     view = whole.only(_of_phase(phase)).narrowed(reads).aimed(targets)
-    return Case(attack, config, phase, model, tokenizer, view, passes, rows, known, known_rows, wanted.seed, [], others)
+    beside = recorded.others(phase) if phase != "generation" and attack.observer == "host" else {}
+    seed = wanted.seed
+    return Case(
+        attack, config, phase, model, tokenizer, view, passes, beside, rows, known, known_rows, seed, [], others
+    )
 
 
 def _phase(attack: Attack, recorded: Recorded, phase: Phase | None) -> Phase:

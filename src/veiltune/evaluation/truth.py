@@ -144,6 +144,11 @@ class Recorded:
             hint="attack a run of `veiltune tune` with its own data; the data file may have changed since",
         )
 
+    def others(self, phase: Phase) -> dict[int, TruePass]:
+        """The true text of recorded passes of all other phases but generations, as far as they are told."""
+        told = [self._aligned(each)[1] for each in self.crossed if each not in {phase, "generation"}]
+        return {number: true for passes in told for number, true in passes.items()}
+
     def _aligned(self, phase: Phase) -> tuple[list[_Observed], dict[int, TruePass]]:
         config, tokenizer = self.config, self.tokenizer
         if phase == "generation":

@@ -36,7 +36,13 @@ from veiltune.transport.messages import (
 
 
 def unprotected(
-    view: View, model: nn.Module, passes: Mapping[int, TruePass], cut: CutConfig, enclave_layers: int = 0
+    view: View,
+    model: nn.Module,
+    passes: Mapping[int, TruePass],
+    cut: CutConfig,
+    enclave_layers: int = 0,
+    *,
+    beside: Mapping[int, TruePass] | None = None,
 ) -> View:
     """The view without protection.
 
@@ -46,6 +52,7 @@ def unprotected(
         passes: the true texts, by the number of the message that begins their pass.
         cut: where the model is cut, if it is.
         enclave_layers: blocks in the enclave before the host's first.
+        beside: the true texts of other phases' passes. An attack that counts all states at a host counts theirs too.
     """
     table = EmbeddingTable(model)
     bottom = Bottom(model, cut.bottom_layers if view.rights.sees("TrunkForward") else 0)
@@ -67,6 +74,8 @@ def unprotected(
         if isinstance(message, TrunkOutput | TrunkBackward) and returns:
             return returns.answered(message, codec)
         true = passes.get(number)
+        if isinstance(message, SegmentForward | VeiledForward):
+            true = true or (beside or {}).get(number)
         if true is None:
             return replaced(number, message)
         if isinstance(message, TrunkForward):
