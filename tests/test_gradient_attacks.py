@@ -5,6 +5,7 @@ The models are random, the texts random letters: an attack that finds them found
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,22 @@ def test_lamps_gradients_are_autograds(family: str) -> None:
     assert fast.tolist() == pytest.approx(slow, abs=1e-4)
     assert float(fast[0]) < 1e-4
     assert float(fast[1]) > 0.05
+
+
+@pytest.mark.parametrize(("count", "free"), [(3, 3), (2, 4), (4, 4)])
+def test_lamp_begins_at_the_orders_that_the_prior_likes_best(count: int, free: int) -> None:
+    """The slow twin: every text in which all allowed tokens stand, by its log-probability with the end token."""
+    model = wide_model("llama").requires_grad_(False)
+    allowed = torch.randperm(200, generator=torch.Generator().manual_seed(4))[:count]
+    step = step_of(model, [[*range(free), 0]])
+    search = _Texts(Lamp(), model, _Target(model, step, []), free + 1, allowed, torch.Generator())
+    every = [text for text in itertools.product(allowed.tolist(), repeat=free) if len({*text}) == count]
+    whole = torch.tensor([[*text, search.end] for text in every])
+    told = model(input_ids=whole).logits[:, :-1].log_softmax(-1).gather(2, whole[:, 1:, None]).sum((1, 2))
+    fluent = search._fluent()
+    assert sorted(map(tuple, fluent.tolist())) == sorted(every)
+    assert fluent[0].tolist() == list(every[int(told.argmax())])
+    assert search.all_stand
 
 
 def test_lamp_is_for_one_text_a_step(tmp_path: Path) -> None:

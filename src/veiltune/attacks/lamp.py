@@ -8,9 +8,11 @@ is the base model: under a causal language model's loss it is the very loss that
 
 *Not as there.* The published figures are of classifiers with known labels. Here each label is the next token, so labels are
 unknown: while embeddings are no tokens a label is a distribution over tokens by cosine. With ``start = "span"`` tokens are those
-that DAGER's first check (`veiltune.attacks.span`) leaves, if it leaves any, so that the search is one for their order and number;
-``"random"`` is the published start. The last token is taken for the end token. All tokens but the first are taken to bear loss,
-as with plain text. One text a step: `train.batch_size = 1`.
+that DAGER's first check (`veiltune.attacks.span`) leaves, if it leaves any, so that the search is one for their order and number.
+If all of them have room in the text, all stand in it: then nothing is moved continuously, and the discrete steps begin at those
+orders that the prior likes best, found by beam search. ``"random"`` is the published start. The last token is
+taken for the end token. All tokens but the first are taken to bear loss, as with plain text. One text a step:
+`train.batch_size = 1`.
 
 *Of LoRA factors* (PEFT's orientation) the gradients follow from the weight's, up to a factor that the cosine does not see:
 d(lora_A) = lora_Bᵀ·dW and d(lora_B) = dW·lora_Aᵀ.
@@ -42,6 +44,7 @@ SHARPNESS = 20.0
 MOST = 1024
 TINY = 1e-30
 AT_ONCE = 16  # discrete trials in one pass; the best of them is taken
+BEAM = 64
 NEAR = 0.1
 """Residual in the first span up to which ``start = "span"`` takes a token."""
 
@@ -66,9 +69,9 @@ class Lamp(Attack):
     start: Literal["span", "random"] = "span"
     rounds: int = 3
     steps: int = setting(20, least=0)
-    trials: int = 320
+    trials: int = 400
     learning_rate: float = 0.05
-    prior: float = 0.02
+    prior: float = 0.15
     key: KeyFrom = "none"
     distance: float = 0.0
 
@@ -177,6 +180,9 @@ class _Texts:
         length: of the text, in tokens.
         allowed: tokens that it may be made of; ``None``: all.
         rng: draws starts and discrete steps.
+
+    Attributes:
+        all_stand: whether each allowed token must be in the text.
     """
 
     def __init__(
@@ -185,6 +191,7 @@ class _Texts:
         self.attack, self.model, self.target, self.rng = attack, model, target, rng
         self.table: Tensor = model.get_input_embeddings().weight.detach()
         self.tokens = torch.arange(len(self.table)) if allowed is None else allowed
+        self.all_stand = allowed is not None and len(allowed) <= length - 1
         self.end = SpanSearch.end_of(model.config)
         self.free = length - 1
 
@@ -193,17 +200,42 @@ class _Texts:
         guess = self.tokens[torch.randint(len(self.tokens), (self.free,), generator=self.rng)]
         if not self.target.observed or not self.free:
             return [*guess.tolist(), self.end]
-        cost = float(self.costs(guess[None])[0])
+        if self.all_stand:
+            starts = self._fluent()[:AT_ONCE]
+            guess, cost = self._better(starts[0], torch.inf, starts)
+        else:
+            cost = float(self.costs(guess[None])[0])
         for _ in range(self.attack.rounds):
-            guess, cost = self._better(guess, cost, self._continuous(guess)[None])
+            if not self.all_stand:
+                guess, cost = self._better(guess, cost, self._continuous(guess)[None])
             kinds = torch.randint(3, (self.attack.trials,), generator=self.rng)
             for some in kinds.split(AT_ONCE):
                 guess, cost = self._better(guess, cost, torch.stack([self._changed(guess, k) for k in some.tolist()]))
         return [*guess.tolist(), self.end]
 
+    @torch.no_grad()
+    def _fluent(self) -> Int[Tensor, "k n"]:
+        """Texts of the allowed tokens, what the prior likes best first; none stands twice while others have to find room."""
+        texts, log_probs = torch.arange(len(self.tokens))[:, None], torch.zeros(len(self.tokens))
+        for length in range(1, self.free):
+            after = self.model(input_ids=self.tokens[texts], use_cache=False).logits[:, -1].log_softmax(-1)
+            longer = log_probs[:, None] + after[:, self.tokens]
+            used = functional.one_hot(texts, len(self.tokens)).sum(1) > 0
+            crowded = (~used).sum(1, keepdim=True) >= self.free - length
+            best = longer.masked_fill(used & crowded, -torch.inf).flatten().topk(min(BEAM, longer.numel()))
+            kept = best.indices[best.values.isfinite()]
+            log_probs = best.values[best.values.isfinite()]
+            texts = torch.cat([texts[kept // len(self.tokens)], (kept % len(self.tokens))[:, None]], dim=1)
+        last = self.model(input_ids=self.tokens[texts], use_cache=False).logits[:, -1].log_softmax(-1)[:, self.end]
+        return self.tokens[texts[(log_probs + last).argsort(descending=True)]]
+
     def _better(
         self, guess: Int[Tensor, " n"], cost: float, others: Int[Tensor, "k n"]
     ) -> tuple[Int[Tensor, " n"], float]:
+        if self.all_stand:
+            others = others[(others[:, :, None] == self.tokens).any(1).all(1)]
+            if not len(others):
+                return guess, cost
         costs = self.costs(others)
         best = int(costs.argmin())
         return (others[best], float(costs[best])) if float(costs[best]) < cost else (guess, cost)
