@@ -35,7 +35,7 @@ HEADLINES = (
     "state_cosine",
 )
 """Metrics that are shown, where a row has them: of an attack the first."""
-RESULTS_OF_ATTACKS = ("attacks", "strong_attacks")
+RESULTS_OF_ATTACKS = ("attacks", "strong_attacks", "gradient_attacks")
 WITHOUT_FIGURES = ("withheld", "failed", "missing")
 """Keys of a row that says why an attack has no figures."""
 
