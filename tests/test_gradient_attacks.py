@@ -18,12 +18,14 @@ import helpers
 from helpers import make_config
 from recording import attacked, write_letters
 from veiltune.attacks import span
+from veiltune.attacks.base import Reconstruction
 from veiltune.attacks.gradients import Step, attention_inputs, basis_of, plain_step, residuals
 from veiltune.attacks.lamp import Lamp, _cosines, _Target, _Texts
-from veiltune.attacks.span import SpanSearch
+from veiltune.attacks.span import SpanSearch, _equally_long
 from veiltune.errors import DataError, UserError
 from veiltune.evaluation import RESULT, result_of
 from veiltune.evaluation.replaced import full_gradients
+from veiltune.evaluation.scoring import in_best_order
 from veiltune.evaluation.truth import TruePass
 from veiltune.models.bottom import Bottom
 from veiltune.models.presets import random_config
@@ -178,6 +180,19 @@ def test_a_first_step_shows_nothing_in_lora_a() -> None:
     names = [f"{linear.path}.lora_A" for linear in attention_inputs(search.family, model.config, 0)]
     step = Step({name: torch.zeros(4, 128) for name in names}, {}, [5], [0])
     assert search.sequences(step) == [[SpanSearch.end_of(model.config)] * 5]
+
+
+def test_the_order_of_texts_that_nothing_tells_apart_is_not_scored() -> None:
+    truths = [[1, 2, 3], [4, 5, 6], [7, 8], [1, 9, 3]]
+    found = Reconstruction(tokens=[[4, 5, 0], [1, 9, 3], [7, 0], [1, 2, 3]], alike=[[0, 1, 3]])
+    assert in_best_order(found, truths).tokens == [[1, 2, 3], [4, 5, 0], [7, 0], [1, 9, 3]]
+    told_apart = Reconstruction(tokens=[[4, 5, 6], [1, 2, 3]])
+    assert in_best_order(told_apart, truths).tokens == [[4, 5, 6], [1, 2, 3]]
+
+
+def test_dager_says_which_texts_have_one_length() -> None:
+    step = Step({}, {}, [5, 7, 5, 5, 7, 9], [0, 1, 2, 4, 5])
+    assert _equally_long(step, 10) == [[10, 12], [11, 13]]
 
 
 def test_cosines_of_products_are_those_of_the_matrices() -> None:

@@ -109,6 +109,7 @@ class Reconstruction:
 
     Attributes:
         tokens: token ids of each sequence of the view's passes, in order; `UNKNOWN` where the attack has no guess.
+        alike: numbers of sequences that nothing seen tells apart: their texts stand in any order.
         states: (length, d) plain first states of each sequence.
         weights: plain weights, by parameter name (of a folded trunk: folded ones).
         units: of an MLP's linears, one row a hidden unit, by parameter name: weights whose order was secret.
@@ -119,6 +120,7 @@ class Reconstruction:
     """
 
     tokens: Sequence[Sequence[int]] | None = field(default=None, repr=False)
+    alike: Sequence[Sequence[int]] = ()
     states: Sequence[Tensor] | None = field(default=None, repr=False)
     weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
     units: Mapping[str, Tensor] | None = field(default=None, repr=False)

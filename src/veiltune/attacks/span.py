@@ -12,8 +12,8 @@ counts. Tuning moves what comes out of the first block: the second check knows i
 *Under a key* the span is that of X·R, which no token's state is in. With ``key = "ancestor"`` R is estimated first.
 
 *What no gradient holds.* Nothing is predicted at a text's last token and nothing attends to it, so its gradient is zero. It is
-taken for the end token, which it is unless the text was cut. Rows of a batch are told apart by their lengths alone: among equally
-long ones the order is arbitrary.
+taken for the end token, which it is unless the text was cut. Rows of a batch are told apart by their lengths alone: a sum over
+rows does not say which was which, so among equally long ones the order is arbitrary, and is not scored.
 """
 
 from __future__ import annotations
@@ -95,10 +95,12 @@ class Dager(Attack):
         if self.key == "ancestor":
             keys = input_keys(view, auxiliary.take("public_ancestor"), search.family, search.readers)
         tokens: list[list[int]] = []
+        alike: list[list[int]] = []
         for step in steps_of(view):
             found = search.sequences(plain_step(step, keys, search.readers))
+            alike += _equally_long(step, len(tokens))
             tokens += [found[index] for index in step.wanted]
-        return Reconstruction(tokens=tokens)
+        return Reconstruction(tokens=tokens, alike=alike)
 
 
 class SpanSearch:
@@ -226,6 +228,14 @@ class _Grown:
     def _states(self, tokens: Int[Tensor, " n"], cache: Any) -> Float[Tensor, "n d"]:
         place = torch.full((len(tokens), 1), self._length)
         return self._bottom.states(tokens[:, None], position_ids=place, cache=cache)[:, 0]
+
+
+def _equally_long(step: Step, start: int) -> list[list[int]]:
+    """Numbers of a step's wanted sequences, counted from ``start``, in groups of one length."""
+    groups: dict[int, list[int]] = {}
+    for number, index in enumerate(step.wanted, start):
+        groups.setdefault(step.lengths[index], []).append(number)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _untaken(prefixes: list[_Prefix], taken: list[list[int]]) -> list[int]:

@@ -30,7 +30,7 @@ from veiltune.evaluation.case import (
 )
 from veiltune.evaluation.hosted import ancestor_model, enclave_layers, texts_of
 from veiltune.evaluation.record import RESULT
-from veiltune.evaluation.scoring import Sample, findings_of, samples_of
+from veiltune.evaluation.scoring import Sample, findings_of, in_best_order, samples_of
 from veiltune.evaluation.truth import Moment
 from veiltune.evaluation.unprotected import unprotected
 from veiltune.results import read_result, write_result
@@ -95,7 +95,7 @@ def attack_run(
         say(f"nothing of {case.phase} crossed: 0 passes of it, {case.num_others} of other texts")
         _keep(run, f"nothing_crossed[{case.phase}]", _as_figures(case, attack.observer))
         return Attacked((), (), case.phase, case)
-    found, leaky = _attempts(case, corpus, say)
+    found, leaky = (in_best_order(each, case.truths) for each in _attempts(case, corpus, say))
     said = [attack.setting, "" if moment == "first" else "at=last"]
     setting = "; ".join(part for part in said if part)
     findings = tuple(findings_of(case, found, leaky, setting))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import eq
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from veiltune.attacks import Reconstruction
 from veiltune.attacks.base import predictions
 from veiltune.attacks.controls import Finding, Trial, require_controls
+from veiltune.attacks.inside import assigned
 from veiltune.attacks.scores import (
     score_labels,
     score_predictions,
@@ -29,6 +32,18 @@ class Sample:
 
     truth: str = field(repr=False)
     found: str = field(repr=False)
+
+
+def in_best_order(found: Reconstruction, truths: Sequence[Sequence[int]]) -> Reconstruction:
+    """Texts that an attack could not tell apart, each put where most of its tokens are right: their order is no finding."""
+    if not found.tokens or not found.alike:
+        return found
+    tokens = list(found.tokens)
+    for group in found.alike:
+        rows = [[sum(map(eq, truths[true], found.tokens[mine])) for mine in group] for true in group]
+        for true, place in zip(group, assigned(torch.tensor(rows).float()).tolist(), strict=True):
+            tokens[true] = found.tokens[group[place]]
+    return replace(found, tokens=tokens)
 
 
 def _scored_rows(case: Case) -> list[int]:
