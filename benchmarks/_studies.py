@@ -116,6 +116,7 @@ def run_rows(found: Measured) -> list[Row]:
             "setting": plan.setting,
             "model": plan.config.model,
             "task": plan.task,
+            "seed": plan.config.seed,
         }
         if not isinstance(record, RunCell):
             rows.append({**heading, "missing": "not measured"})

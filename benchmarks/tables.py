@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 from benchmarks import claims, timing
 from benchmarks._record import RESULTS, Row
+from benchmarks.defences import AGAIN
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))))
@@ -88,7 +90,7 @@ def _sweep(which: str) -> str:
 
 def defences() -> str:
     """Accuracy, bytes and what the learned inverter finds, with defences at the cut and without."""
-    rows = rows_of("defences")
+    rows = [row for row in rows_of("defences") if row["study"] != AGAIN]
     lines: list[list[str]] = []
     for row in rows:
         if not row.get("ci95") or "attack" in row:  # of a run: its other metrics have no interval
@@ -106,6 +108,33 @@ def defences() -> str:
         lines.append([f"`{row['design']}`", row["setting"], row["task"], share, _accuracy(row), crossed, *found])
     head = ["design", "setting", "task", "at the owner", "accuracy (95%)", "bytes a step", "tuning texts", "questions"]
     return _markdown(head, lines)
+
+
+def defence_seeds() -> str:
+    """What few positions lose against all, in points of accuracy, seed by seed."""
+    rows = [row for row in rows_of("defences") if row.get("ci95") and "attack" not in row]
+    again = [row for row in rows if row["study"] == AGAIN]
+    tasks = {row["task"] for row in again}
+    first = [{**row, "seed": 0} for row in rows if row["study"] == "deep" and row["task"] in tasks]
+    found = {(row["design"], row["setting"], row["seed"]): row["value"] for row in [*first, *again]}
+    seeds = sorted({seed for _, _, seed in found})
+    settings = list(dict.fromkeys((row["design"], row["setting"]) for row in again))
+    lines: list[list[str]] = []
+    for design, few in (each for each in settings if _sent_few(each[1])):
+        every = next((setting for name, setting in settings if name == design and not _sent_few(setting)), None)
+        keys = [((design, few, seed), (design, every, seed)) for seed in seeds]
+        if not all(key in found for pair in keys for key in pair):  # not measured yet
+            continue
+        pairs = [(100 * found[part], 100 * found[whole]) for part, whole in keys]
+        lost = [whole - part for part, whole in pairs]
+        told = [f"{part:.1f} for {whole:.1f}" for part, whole in pairs]
+        lines.append([f"`{design}`", few, *told, f"{mean(lost):.1f} ({min(lost):.1f} to {max(lost):.1f})"])
+    return _markdown(["design", "setting", *(f"seed {seed}" for seed in seeds), "points lost, mean (range)"], lines)
+
+
+def _sent_few(setting: str) -> bool:
+    """Whether a setting leaves positions out."""
+    return "last_positions=" in setting and "last_positions=0" not in setting
 
 
 def _found(rows: list[Row]) -> str:
@@ -233,6 +262,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep_alpha": partial(_sweep, "alpha"),
     "sweep_wire": partial(_sweep, "wire"),
     "defences": defences,
+    "defence_seeds": defence_seeds,
     "knobs": knobs,
     "study_time": study_time,
     "owner_shares": owner_shares,
