@@ -206,10 +206,8 @@ def load_case(run: Path, config: Config, attack: Attack, wanted: Wanted, say: Sa
         targets.setdefault(row.number, []).append(row.row)
     view = whole.only(_of_phase(phase)).narrowed(reads).aimed(targets)
     beside = recorded.others(phase) if phase != "generation" and attack.observer == "host" else {}
-    seed = wanted.seed
-    return Case(
-        attack, config, phase, model, tokenizer, view, passes, beside, rows, known, known_rows, seed, [], others
-    )
+    truth = (passes, beside, rows, known, known_rows)
+    return Case(attack, config, phase, model, tokenizer, view, *truth, wanted.seed, [], others)
 
 
 def _phase(attack: Attack, recorded: Recorded, phase: Phase | None) -> Phase:
