@@ -10,9 +10,8 @@ is the base model: under a causal language model's loss it is the very loss that
 unknown: while embeddings are no tokens a label is a distribution over tokens by cosine. With ``start = "span"`` tokens are those
 that DAGER's first check (`veiltune.attacks.span`) leaves, if it leaves any, so that the search is one for their order and number.
 If all of them have room in the text, all stand in it: then nothing is moved continuously, and the discrete steps begin at those
-orders that the prior likes best, found by beam search. ``"random"`` is the published start. The last token is
-taken for the end token. All tokens but the first are taken to bear loss, as with plain text. One text a step:
-`train.batch_size = 1`.
+orders that the prior likes best, found by beam search. ``"random"`` is the published start. The last token is taken for the end
+token. All tokens but the first are taken to bear loss, as with plain text. One text a step: `train.batch_size = 1`.
 
 *Of LoRA factors* (PEFT's orientation) the gradients follow from the weight's, up to a factor that the cosine does not see:
 d(lora_A) = lora_Bᵀ·dW and d(lora_B) = dW·lora_Aᵀ.
@@ -200,11 +199,8 @@ class _Texts:
         guess = self.tokens[torch.randint(len(self.tokens), (self.free,), generator=self.rng)]
         if not self.target.observed or not self.free:
             return [*guess.tolist(), self.end]
-        if self.all_stand:
-            starts = self._fluent()[:AT_ONCE]
-            guess, cost = self._better(starts[0], torch.inf, starts)
-        else:
-            cost = float(self.costs(guess[None])[0])
+        starts = self._fluent()[:AT_ONCE] if self.all_stand else guess[None]
+        guess, cost = self._better(starts[0], torch.inf, starts)
         for _ in range(self.attack.rounds):
             if not self.all_stand:
                 guess, cost = self._better(guess, cost, self._continuous(guess)[None])

@@ -51,7 +51,7 @@ class Case:
         tokenizer: its own.
         view: the attack's, aimed at ``rows``.
         passes: the truth of the phase.
-        beside: the truth of other phases' passes in the view, where what crosses is states at a host.
+        beside: the truth of other phases' passes in the view, for an attack whose leaky control knows all text.
         rows: sequences in the order of the view.
         known: pairs that the attacker is given.
         known_rows: how many sequences those take.
@@ -205,7 +205,7 @@ def load_case(run: Path, config: Config, attack: Attack, wanted: Wanted, say: Sa
     for row in rows:
         targets.setdefault(row.number, []).append(row.row)
     view = whole.only(_of_phase(phase)).narrowed(reads).aimed(targets)
-    beside = recorded.others(phase) if phase != "generation" and attack.observer == "host" else {}
+    beside = recorded.others(phase) if phase != "generation" and attack.leaky_knows_text else {}
     truth = (passes, beside, rows, known, known_rows)
     return Case(attack, config, phase, model, tokenizer, view, *truth, wanted.seed, [], others)
 
